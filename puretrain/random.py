@@ -1,0 +1,174 @@
+"""Random keys as tensors, and the scoped use of torch's generators.
+
+A key is an int64 tensor of shape ``(2,)`` that holds two 32-bit words. New keys are derived with
+the Threefry-2x32 block cipher of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
+(SC 2011), in the same way as JAX derives them: equal seeds give equal keys in both libraries.
+
+Keys live on the CPU: deriving one never waits for an accelerator.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from puretrain.errors import ConfigurationError, StructureError
+from puretrain.tree import under_transform
+
+__all__ = ["fold_in", "key", "scope", "split", "stream"]
+
+_Word = TypeVar("_Word", int, Tensor)
+
+_MASK = 0xFFFFFFFF
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def key(seed: int) -> Tensor:
+    """Make a key from a seed.
+
+    Args:
+        seed: an integer of at most 64 bits; a negative one is read as its two's complement.
+
+    Returns:
+        The key, int64 of shape ``(2,)``: the high and the low 32 bits of the seed.
+
+    >>> key(42)
+    tensor([ 0, 42])
+    """
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ConfigurationError(f"a seed is an integer of at most 64 bits, not {seed!r}")
+    return torch.tensor([(seed >> 32) & _MASK, seed & _MASK])
+
+
+def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
+    """Derive a new key from a key and a number, such as the number of a step.
+
+    Args:
+        key: int64 of shape ``(..., 2)``.
+        data: an integer, or an integer tensor that broadcasts against ``key[..., 0]``.
+
+    Returns:
+        The new key, int64, of shape ``(2,)`` with the broadcast dimensions in front.
+
+    >>> fold_in(key(0), 1)
+    tensor([ 928981903, 3453687069])
+    """
+    _check(key)
+    if isinstance(data, int):
+        # numbers of up to 32 bits fold in as JAX does it; larger ones use the upper word too
+        high, low = (data >> 32) & _MASK, data & _MASK
+        if key.dim() == 1 and not under_transform():
+            first, second = key.tolist()
+            return torch.tensor(_threefry(first, second, high, low))
+        counter_high = torch.full_like(key[..., 0], high)
+        counter_low = torch.full_like(key[..., 0], low)
+    else:
+        data = data.to(device=key.device, dtype=torch.int64)
+        counter_high, counter_low = (data >> 32) & _MASK, data & _MASK
+    words = _threefry(key[..., 0], key[..., 1], counter_high, counter_low)
+    # the words have one shape, that of the key and the data broadcast
+    return torch.stack(words, dim=-1)
+
+
+def split(key: Tensor, number: int = 2) -> Tensor:
+    """Derive several independent keys from one.
+
+    Args:
+        key: int64 of shape ``(..., 2)``.
+        number: how many.
+
+    Returns:
+        The keys, int64 of shape ``(number, ..., 2)``; iterate over them or index the first
+        dimension. Key ``i`` equals ``fold_in(key, i)``.
+
+    >>> split(key(0), 3).shape
+    torch.Size([3, 2])
+    """
+    _check(key)
+    if number < 1:
+        raise ConfigurationError(f"split makes at least one key, not {number}")
+    counters = torch.arange(number, device=key.device)
+    return fold_in(key, counters.reshape(number, *[1] * (key.dim() - 1)))
+
+
+def stream(key: Tensor, name: str) -> Tensor:
+    """Derive the key of a named stream: ``stream(key, "dropout")``.
+
+    Two names give independent keys, whatever other streams there are and in whatever order they
+    are asked for.
+    """
+    return fold_in(key, zlib.crc32(name.encode()))
+
+
+@contextmanager
+def scope(key: Tensor) -> Iterator[None]:
+    """Seed torch's global generators from a key, and put them back at the end, come what may.
+
+    Everything that draws inside (dropout, ``torch.randn``) becomes a function of the key. Covers the
+    CPU's generator and those of all CUDA devices, if CUDA is in use. The CPU's generator keeps 32
+    bits of a seed, so two keys out of a million may give the same stream.
+
+    Under ``vmap`` the keys of all members are folded into one seed: the draws are a function of
+    the keys, and ``randomness=`` of ``vmap`` says whether the members share them.
+
+    >>> with scope(key(1)):
+    ...     a = torch.rand(3)
+    >>> with scope(key(1)):
+    ...     b = torch.rand(3)
+    >>> torch.equal(a, b)
+    True
+    """
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        generators.extend(torch.cuda.default_generators)
+    before = [generator.get_state() for generator in generators]
+    seed = _seed(key)
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+def generator(key: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
+    """Make a new torch generator, seeded from a key."""
+    return torch.Generator(device).manual_seed(_seed(key))
+
+
+def _seed(key: Tensor) -> int:
+    _check(key)
+    while torch._C._functorch.is_functorch_wrapped_tensor(key):
+        key = torch._C._functorch.get_unwrapped(key)
+    words: list[int] = key.reshape(-1).tolist()
+    high, low = words[0], words[1]
+    for i in range(2, len(words), 2):
+        high, low = _threefry(high, low, words[i], words[i + 1])
+    return (high << 32) | low
+
+
+def _threefry(key0: _Word, key1: _Word, counter0: _Word, counter1: _Word) -> tuple[_Word, _Word]:
+    # The same lines serve Python integers (about 5 µs a block) and int64 tensors (any shape, also
+    # under a transform). The words stay below 2**32, so that a shift to the right needs no mask.
+    keys = (key0, key1, key0 ^ key1 ^ _PARITY)
+    x, y = (counter0 + key0) & _MASK, (counter1 + key1) & _MASK
+    for i in range(5):
+        for r in _ROTATIONS[i % 2]:
+            x = (x + y) & _MASK
+            y = (((y << r) & _MASK) | (y >> (32 - r))) ^ x
+        x = (x + keys[(i + 1) % 3]) & _MASK
+        y = (y + keys[(i + 2) % 3] + i + 1) & _MASK
+    return x, y
+
+
+def _check(key: Tensor) -> None:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape[-1:] != (2,):
+        what = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise StructureError(f"a key is int64 of shape (..., 2), made by key(seed); not {what}")
