@@ -302,21 +302,23 @@ def _register(
 _register(FrozenDict, _flatten_frozen_dict, _unflatten_frozen_dict)
 
 
-def nodes(tree: Any) -> Iterator[Record | FrozenDict[Any]]:
-    """Every record and frozen dict of a tree, parents first."""
-    if isinstance(tree, Record):
-        yield tree
-        for name in tree._names:
-            yield from nodes(getattr(tree, name))
-    elif isinstance(tree, (FrozenDict, dict)):
-        if isinstance(tree, FrozenDict):
-            yield tree
-        for value in tree.values():
-            if not isinstance(value, Tensor):
-                yield from nodes(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from nodes(value)
+def nodes(tree: Any) -> list[Record | FrozenDict[Any]]:
+    """Every record and frozen dict of a tree, parents before their children."""
+    found: list[Record | FrozenDict[Any]] = []
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Record):
+            found.append(node)
+            waiting.extend([getattr(node, name) for name in node._names])
+        elif isinstance(node, (FrozenDict, dict)):
+            if isinstance(node, FrozenDict):
+                found.append(node)
+                node = node._items
+            waiting.extend([child for child in node.values() if type(child) is not Tensor])
+        elif isinstance(node, (tuple, list)):
+            waiting.extend(node)
+    return found
 
 
 def invalidate(node: Record | FrozenDict[Any], reason: str) -> None:

@@ -1,0 +1,21 @@
+"""What all tests share: reproducible examples, and no test that leaves torch changed."""
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on each run: a failure can be repeated, and a slow machine is no failure.
+hypothesis.settings.register_profile("puretrain", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("puretrain")
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    """Put torch's generator and defaults back, so that no test depends on the ones before it."""
+    generator = torch.get_rng_state()
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_rng_state(generator)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
