@@ -1,0 +1,612 @@
+"""Gradient transformations, and the ways to put optimizers together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from puretrain.errors import OptimizerError, StructureError
+from puretrain.optim.base import (
+    GradientTransformation,
+    Optimizer,
+    Schedule,
+    check_number,
+    check_rate,
+    schedule_value,
+)
+from puretrain.tree import (
+    FrozenDict,
+    Path,
+    Record,
+    match_paths,
+    path_string,
+    tree_flatten,
+    tree_flatten_up_to,
+    tree_map,
+    tree_paths,
+    tree_structure,
+    tree_unflatten,
+    under_transform,
+)
+
+__all__ = [
+    "AccumulationState",
+    "CountState",
+    "Mask",
+    "add_decayed_weights",
+    "apply_every",
+    "chain",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "freeze",
+    "global_norm",
+    "masked",
+    "multi_transform",
+    "scale",
+]
+
+Mask = str | Iterable[str] | Callable[[Path], bool]
+"""Which leaves: a pattern of paths (see :func:`puretrain.tree.match_paths`), several of them, or a
+function from a leaf's path to a bool."""
+
+
+class CountState(Record):
+    """The state of a transformation that follows a schedule."""
+
+    count: Tensor
+    """Updates done, int64 of shape ``()``."""
+
+
+class AccumulationState(Record):
+    """The state of :func:`apply_every`."""
+
+    count: Tensor
+    """Updates since the last one that was applied, int64 of shape ``()``."""
+    grads: Any
+    """The sum of their gradients, a tree like the parameters."""
+    inner: Any
+    """The state of the optimizer."""
+
+
+# ── Putting together ──────────────────────────────────────────────────────────────────────────────
+
+
+def chain(*parts: Optimizer | GradientTransformation) -> Any:
+    """Apply gradient transformations one after the other, and at the end an optimizer.
+
+    Args:
+        *parts: any number of transformations; the last part may be an optimizer.
+
+    Returns:
+        An :class:`Optimizer` if the last part is one, else a :class:`GradientTransformation`. Its
+        state is the tuple of the parts' states.
+
+    Raises:
+        OptimizerError: a part is neither, or an optimizer is not the last part.
+
+    Example:
+        >>> import puretrain as pt
+        >>> optimizer = chain(pt.optim.scale(0.5), pt.optim.sgd(lr=1.0))
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> params, _ = optimizer.update(
+        ...     {"w": torch.tensor([1.0, 1.0])}, optimizer.init(params), params)
+        >>> params["w"]
+        tensor([0.5000, 1.5000])
+    """
+    for place, part in enumerate(parts):
+        if not isinstance(part, (Optimizer, GradientTransformation)):
+            raise OptimizerError(
+                f"chain: part {place} is {part!r}; the parts are gradient transformations, such as "
+                "clip_by_global_norm(1.0), and at the end an optimizer, such as adamw(1e-3)"
+            )
+        if isinstance(part, Optimizer) and place < len(parts) - 1:
+            raise OptimizerError(
+                f"chain: part {place} is an optimizer, whose result is parameters, so nothing can "
+                "come after it; put it last"
+            )
+    if not parts:
+        raise OptimizerError("chain: there are no parts; give it at least one")
+
+    def init(params: Any, /) -> tuple[Any, ...]:
+        return tuple(part.init(params) for part in parts)
+
+    def update(
+        grads: Any, state: Any, params: Any, /, *, donate: bool = False
+    ) -> tuple[Any, tuple[Any, ...]]:
+        if not isinstance(state, tuple) or len(state) != len(parts):
+            what = f"{len(state)} parts" if isinstance(state, tuple) else type(state).__name__
+            raise OptimizerError(
+                f"chain: the state is one of {what}, not of {len(parts)} parts; make one with "
+                "init(params)"
+            )
+        states = []
+        for part, part_state in zip(parts, state, strict=True):
+            grads, part_state = part.update(grads, part_state, params, donate=donate)
+            states.append(part_state)
+        return grads, tuple(states)
+
+    return (Optimizer if isinstance(parts[-1], Optimizer) else GradientTransformation)(init, update)
+
+
+def masked(part: Any, mask: Mask) -> Any:
+    """Apply a transformation or an optimizer to some leaves and leave the others alone.
+
+    Args:
+        part: the transformation or optimizer.
+        mask: which leaves it sees. The gradients of the others pass through a masked
+            transformation, and their parameters are left as they are by a masked optimizer.
+
+    Raises:
+        OptimizerError: ``part`` is neither.
+        PatternError: (``init``) a pattern matches no leaf.
+
+    Example:
+        >>> import puretrain as pt
+        >>> decay = masked(pt.optim.add_decayed_weights(0.5), "**weight")
+        >>> params = pt.FrozenDict(weight=torch.tensor(4.0), bias=torch.tensor(4.0))
+        >>> grads = pt.FrozenDict(weight=torch.tensor(1.0), bias=torch.tensor(1.0))
+        >>> decay.update(grads, decay.init(params), params)[0]
+        {'weight': f32 3.0, 'bias': f32 1.0}
+    """
+    kind = _kind("masked", part)
+
+    def init(params: Any, /) -> Any:
+        paths = tree_paths(params)
+        chosen = _chosen(mask, paths)
+        return part.init(_only(params, [path in chosen for path in paths]))
+
+    def update(
+        grads: Any, state: Any, params: Any, /, *, donate: bool = False
+    ) -> tuple[Any, Any]:
+        paths = tree_paths(params)
+        chosen = _chosen(mask, paths)
+        here = [path in chosen for path in paths]
+        new, state = part.update(
+            _only_up_to(params, grads, here), state, _only(params, here), donate=donate
+        )
+        if kind is GradientTransformation:
+            return _merged(params, here, new, grads), state
+        return _merged(params, here, new, params if donate else _copied(params, here)), state
+
+    return kind(init, update)
+
+
+def multi_transform(parts: Mapping[str, Any]) -> Any:
+    """Treat groups of parameters differently.
+
+    Args:
+        parts: optimizers (or only transformations) by the pattern of the paths that each is for. A
+            leaf that several patterns match belongs to the first, so ``"**"`` at the end takes what
+            is left. Use :func:`freeze` for a group that is not to be trained.
+
+    Returns:
+        An optimizer (or a transformation); its state is a frozen dict of the parts' states by
+        pattern.
+
+    Raises:
+        OptimizerError: the parts are of both kinds; (``init``) a leaf belongs to none of them, or
+            a part is left without a leaf.
+        PatternError: (``init``) a pattern matches no leaf.
+
+    Example:
+        >>> import puretrain as pt
+        >>> optimizer = multi_transform({"head.**": pt.optim.sgd(1.0), "**": pt.optim.sgd(0.1)})
+        >>> params = pt.FrozenDict({"body.w": torch.tensor(1.0), "head.w": torch.tensor(1.0)})
+        >>> state = optimizer.init(params)
+        >>> optimizer.update(pt.tree.tree_map(torch.ones_like, params), state, params)[0]
+        {'body.w': f32 0.8999999761581421, 'head.w': f32 0.0}
+    """
+    kinds = {_kind("multi_transform", part) for part in parts.values()}
+    if len(kinds) != 1:
+        raise OptimizerError(
+            "multi_transform: the parts are optimizers, or all of them transformations; "
+            + ("there are none" if not kinds else "end each chain with an optimizer")
+        )
+    (kind,) = kinds
+
+    def assign(params: Any) -> dict[str, list[bool]]:
+        paths = tree_paths(params)
+        free = dict.fromkeys(paths)
+        groups = {}
+        for pattern in parts:
+            members = {path for path in match_paths(pattern, paths) if path in free}
+            if not members:
+                raise OptimizerError(
+                    f"multi_transform: nothing is left for {pattern!r}: the patterns before it "
+                    "match all of its leaves; put the narrower pattern first"
+                )
+            groups[pattern] = [path in members for path in paths]
+            for path in members:
+                del free[path]
+        if free:
+            names = ", ".join(path_string(path) for path in list(free)[:4])
+            raise OptimizerError(
+                f"multi_transform: no pattern matches {names}{', …' if len(free) > 4 else ''}; "
+                "add '**' as the last one for what is left"
+            )
+        return groups
+
+    def init(params: Any, /) -> FrozenDict[Any]:
+        return FrozenDict(
+            {
+                pattern: parts[pattern].init(_only(params, here))
+                for pattern, here in assign(params).items()
+            }
+        )
+
+    def update(
+        grads: Any, state: Any, params: Any, /, *, donate: bool = False
+    ) -> tuple[Any, FrozenDict[Any]]:
+        if not isinstance(state, FrozenDict) or list(state) != list(parts):
+            raise OptimizerError(
+                f"multi_transform: the state is not one of the groups {', '.join(parts)}; make one "
+                "with init(params)"
+            )
+        result = grads if kind is GradientTransformation else params
+        states = {}
+        for pattern, here in assign(params).items():
+            new, states[pattern] = parts[pattern].update(
+                _only_up_to(params, grads, here),
+                state[pattern],
+                _only(params, here),
+                donate=donate,
+            )
+            result = _merged(params, here, new, result)
+        return result, FrozenDict(states)
+
+    return kind(init, update)
+
+
+def freeze(mask: Mask = "**") -> GradientTransformation:
+    """Take the gradients of some leaves away, so that the optimizer leaves those leaves alone.
+
+    Neither the parameter nor what is remembered of it moves, also not by weight decay. Moving a
+    parameter to the buffers is cheaper: its gradient is not even computed then.
+
+    Args:
+        mask: which leaves.
+
+    Raises:
+        PatternError: (``init``) a pattern matches no leaf.
+
+    Example:
+        >>> import puretrain as pt
+        >>> optimizer = chain(freeze("encoder.**"), pt.optim.sgd(lr=1.0, weight_decay=0.1))
+        >>> params = pt.FrozenDict({"encoder.w": torch.tensor(1.0), "head.w": torch.tensor(1.0)})
+        >>> state = optimizer.init(params)
+        >>> optimizer.update(pt.tree.tree_map(torch.zeros_like, params), state, params)[0]
+        {'encoder.w': f32 1.0, 'head.w': f32 0.8999999761581421}
+    """
+
+    def init(params: Any, /) -> tuple[()]:
+        _chosen(mask, tree_paths(params))
+        return ()
+
+    def update(grads: Any, state: Any, params: Any, /, *, donate: bool = False) -> tuple[Any, Any]:
+        paths = tree_paths(params)
+        chosen = _chosen(mask, paths)
+        return _only_up_to(params, grads, [path not in chosen for path in paths]), state
+
+    return GradientTransformation(init, update)
+
+
+def apply_every(k: int, optimizer: Optimizer, *, mean: bool = False) -> Optimizer:
+    """Let an optimizer update only every k-th time, with the sum of the gradients until then.
+
+    In between, parameters and optimizer state stay as they are. The loop knows nothing of it: each
+    call counts as an update, and what waits at the end of an epoch waits for the next one. For
+    exact accumulation use ``train_step(accumulate=k)``.
+
+    Args:
+        k: how many calls make an update.
+        optimizer: the optimizer, or a chain that ends with one.
+        mean: divide the sum by ``k``.
+
+    Raises:
+        OptimizerError: ``k`` is no whole number from 1, or ``optimizer`` is none.
+
+    Example:
+        >>> import puretrain as pt
+        >>> optimizer = apply_every(2, pt.optim.sgd(lr=1.0))
+        >>> params = {"w": torch.tensor(0.0)}
+        >>> state = optimizer.init(params)
+        >>> for _ in range(3):
+        ...     params, state = optimizer.update({"w": torch.tensor(1.0)}, state, params)
+        >>> params["w"], state.grads["w"]
+        (tensor(-2.), tensor(1.))
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise OptimizerError(f"apply_every: k is a whole number from 1, not {k!r}")
+    if _kind("apply_every", optimizer) is not Optimizer:
+        raise OptimizerError("apply_every: it takes an optimizer, or a chain that ends with one")
+
+    def init(params: Any, /) -> AccumulationState:
+        zeros = tree_map(torch.zeros_like, params)
+        return AccumulationState(torch.tensor(0, dtype=torch.int64), zeros, optimizer.init(params))
+
+    def update(
+        grads: Any, state: Any, params: Any, /, *, donate: bool = False
+    ) -> tuple[Any, AccumulationState]:
+        if not isinstance(state, AccumulationState):
+            raise OptimizerError(
+                f"apply_every: the state is of type {type(state).__name__}; make one with "
+                "init(params)"
+            )
+        structure = tree_structure(params)
+        sums = [
+            total.clone() if grad is None else total + grad
+            for total, grad in zip(
+                tree_flatten_up_to(structure, state.grads),
+                tree_flatten_up_to(structure, grads),
+                strict=True,
+            )
+        ]
+        count = state.count + 1
+        passed = tree_unflatten(structure, [total / k for total in sums] if mean else list(sums))
+        zeros = tree_map(torch.zeros_like, params)
+        if not under_transform():
+            if int(count) < k:
+                kept = tree_unflatten(structure, sums)
+                if donate:
+                    return params, state.replace(count=count, grads=kept)
+                copies = tree_map(torch.clone, (params, state.inner))
+                return copies[0], AccumulationState(count, kept, copies[1])
+            new, inner = optimizer.update(passed, state.inner, params, donate=donate)
+            return new, AccumulationState(torch.zeros_like(count), zeros, inner)
+        full = count == k
+        applied = optimizer.update(passed, state.inner, params)
+        waiting = (params, state.inner)
+        new, inner = tree_map(lambda a, b: torch.where(full, a, b), applied, waiting)
+        kept = tree_map(lambda a, b: torch.where(full, a, b), zeros, tree_unflatten(structure, sums))
+        return new, AccumulationState(torch.where(full, 0, count), kept, inner)
+
+    return Optimizer(init, update)
+
+
+# ── Transformations ───────────────────────────────────────────────────────────────────────────────
+
+
+def global_norm(tree: Any) -> Tensor:
+    """The Euclidean norm of all tensors of a tree together, a tensor of shape ``()``.
+
+    The norm of the leaves' norms, in the order of the leaves, as
+    :func:`torch.nn.utils.get_total_norm` computes it, to the bit.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([0.0, 4.0])})
+    tensor(5.)
+    """
+    return _norm([leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)])
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.tensor(0.0)
+    if under_transform():
+        norms = [torch.linalg.vector_norm(x) for x in tensors]
+    elif len({(x.device, x.dtype) for x in tensors}) == 1:
+        norms = list(torch._foreach_norm(tensors))
+    else:
+        return torch.nn.utils.get_total_norm(tensors)
+    device, dtype = norms[0].device, norms[0].dtype
+    return torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
+
+
+def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> GradientTransformation:
+    """Scale all gradients down together where their norm is larger than a limit.
+
+    ``grad · min(1, max_norm / (norm + 1e-6))`` with the norm of all gradients as one vector
+    (Pascanu et al., "On the difficulty of training recurrent neural networks", ICML 2013); the bits
+    are those of :func:`torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        max_norm: the limit, 0 or more; may be a schedule.
+
+    Raises:
+        OptimizerError: the limit is negative or no number.
+
+    Example:
+        >>> clip = clip_by_global_norm(1.0)
+        >>> params = {"w": torch.zeros(2)}
+        >>> clip.update({"w": torch.tensor([3.0, 4.0])}, clip.init(params), params)[0]["w"]
+        tensor([0.6000, 0.8000])
+    """
+    check_rate("clip_by_global_norm", "max_norm", max_norm)
+
+    def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool) -> list[Tensor]:
+        factor = torch.clamp(limit / (_norm(grads) + 1e-6), max=1.0)
+        return _multiplied(grads, factor, donate)
+
+    return _elementwise("clip_by_global_norm", clip, max_norm)
+
+
+def clip_by_value(max_value: float | Tensor | Schedule) -> GradientTransformation:
+    """Clip each element of the gradients to ``[-max_value, max_value]``.
+
+    As :func:`torch.nn.utils.clip_grad_value_`.
+
+    Args:
+        max_value: the limit, 0 or more; may be a schedule.
+
+    Raises:
+        OptimizerError: the limit is negative or no number.
+
+    Example:
+        >>> clip = clip_by_value(1.0)
+        >>> params = {"w": torch.zeros(3)}
+        >>> clip.update({"w": torch.tensor([3.0, -4.0, 0.5])}, clip.init(params), params)[0]["w"]
+        tensor([ 1.0000, -1.0000,  0.5000])
+    """
+    check_rate("clip_by_value", "max_value", max_value)
+
+    def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool) -> list[Tensor]:
+        if isinstance(limit, Tensor):
+            return [g.clamp(-limit.to(g.dtype), limit.to(g.dtype)) for g in grads]
+        return [g.clamp_(-limit, limit) if donate else g.clamp(-limit, limit) for g in grads]
+
+    return _elementwise("clip_by_value", clip, max_value)
+
+
+def add_decayed_weights(
+    weight_decay: float | Tensor | Schedule, mask: Mask | None = None
+) -> GradientTransformation:
+    """Add the gradient of an L2 penalty, ``grad + weight_decay · param``.
+
+    In front of :func:`puretrain.optim.sgd` this is weight decay; in front of an optimizer that
+    normalizes gradients it is not, which is why :func:`puretrain.optim.adamw` has one of its own
+    (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019).
+
+    Args:
+        weight_decay: the factor, 0 or more; may be a schedule.
+        mask: which leaves; all by default.
+
+    Raises:
+        OptimizerError: the factor is negative or no number.
+
+    Example:
+        >>> decay = add_decayed_weights(0.5)
+        >>> params = {"w": torch.tensor([1.0, -2.0])}
+        >>> decay.update({"w": torch.zeros(2)}, decay.init(params), params)[0]["w"]
+        tensor([ 0.5000, -1.0000])
+    """
+    check_rate("add_decayed_weights", "weight_decay", weight_decay)
+
+    def decay(
+        grads: list[Tensor], factor: Any, params: list[Tensor], donate: bool
+    ) -> list[Tensor]:
+        if isinstance(factor, Tensor):
+            pairs = zip(grads, params, strict=True)
+            return [g + factor.to(device=g.device, dtype=g.dtype) * p for g, p in pairs]
+        pairs = zip(grads, params, strict=True)
+        return [g.add_(p, alpha=factor) if donate else g.add(p, alpha=factor) for g, p in pairs]
+
+    made = _elementwise("add_decayed_weights", decay, weight_decay)
+    return made if mask is None else cast(GradientTransformation, masked(made, mask))
+
+
+def scale(factor: float | Tensor | Schedule) -> GradientTransformation:
+    """Multiply all gradients by a factor, ``factor · grad``.
+
+    Args:
+        factor: any finite number; may be a schedule.
+
+    Raises:
+        OptimizerError: the factor is not finite or no number.
+
+    Example:
+        >>> half = scale(0.5)
+        >>> params = {"w": torch.zeros(2)}
+        >>> half.update({"w": torch.tensor([3.0, 4.0])}, half.init(params), params)[0]["w"]
+        tensor([1.5000, 2.0000])
+    """
+    if not callable(factor):
+        check_number("scale", "factor", factor, least=-torch.finfo(torch.float64).max)
+
+    def multiply(grads: list[Tensor], by: Any, params: Any, donate: bool) -> list[Tensor]:
+        return _multiplied(grads, by, donate)
+
+    return _elementwise("scale", multiply, factor)
+
+
+def _elementwise(
+    name: str,
+    function: Callable[[list[Tensor], Any, list[Tensor], bool], list[Tensor]],
+    value: float | Tensor | Schedule,
+) -> GradientTransformation:
+    """A transformation of the gradients that there are, with one number that may be a schedule."""
+    scheduled = callable(value) and not isinstance(value, Tensor)
+
+    def init(params: Any, /) -> Any:
+        return CountState(torch.tensor(0, dtype=torch.int64)) if scheduled else ()
+
+    def update(grads: Any, state: Any, params: Any, /, *, donate: bool = False) -> tuple[Any, Any]:
+        if isinstance(state, CountState) is not scheduled:
+            raise OptimizerError(
+                f"{name}: the state is of type {type(state).__name__}; make one with init(params)"
+            )
+        current = value
+        if scheduled:
+            current = schedule_value(value, state.count)
+            state = CountState(state.count + 1)
+        leaves, structure = tree_flatten(params)
+        try:
+            column = tree_flatten_up_to(structure, grads)
+        except StructureError as error:
+            raise OptimizerError(f"{name}: the gradients do not fit the parameters: {error}") from None
+        there = [i for i, grad in enumerate(column) if grad is not None]
+        donate = donate and not under_transform()
+        new = function([column[i] for i in there], current, [leaves[i] for i in there], donate)
+        column = list(column)
+        for i, grad in zip(there, new, strict=True):
+            column[i] = grad
+        return tree_unflatten(structure, column), state
+
+    return GradientTransformation(init, update)
+
+
+def _multiplied(grads: list[Tensor], factor: Any, donate: bool) -> list[Tensor]:
+    if under_transform() or len({g.device for g in grads}) > 1:
+        if not isinstance(factor, Tensor):
+            return [g * factor for g in grads]
+        return [g * factor.to(device=g.device, dtype=g.dtype) for g in grads]
+    if not grads:
+        return []
+    if isinstance(factor, Tensor) and factor.device != grads[0].device:
+        factor = factor.to(grads[0].device)
+    if donate:
+        torch._foreach_mul_(grads, factor)
+        return grads
+    return list(torch._foreach_mul(grads, factor))
+
+
+# ── Details ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _kind(who: str, part: Any) -> type[Optimizer] | type[GradientTransformation]:
+    for kind in (Optimizer, GradientTransformation):
+        if isinstance(part, kind):
+            return kind
+    raise OptimizerError(f"{who} takes optimizers and gradient transformations, not {part!r}")
+
+
+def _chosen(mask: Mask, paths: list[Path]) -> set[Path]:
+    if callable(mask):
+        return {path for path in paths if mask(path)}
+    patterns = [mask] if isinstance(mask, str) else mask
+    return {path for pattern in patterns for path in match_paths(pattern, paths)}
+
+
+def _only(tree: Any, here: list[bool]) -> Any:
+    """The tree with None in the place of the other leaves."""
+    leaves, structure = tree_flatten(tree)
+    kept = [leaf if wanted else None for leaf, wanted in zip(leaves, here, strict=True)]
+    return tree_unflatten(structure, kept)
+
+
+def _only_up_to(params: Any, grads: Any, here: list[bool]) -> Any:
+    structure = tree_structure(params)
+    try:
+        column = tree_flatten_up_to(structure, grads)
+    except StructureError as error:
+        raise OptimizerError(f"the gradients do not fit the parameters: {error}") from None
+    return tree_unflatten(
+        structure, [grad if wanted else None for grad, wanted in zip(column, here, strict=True)]
+    )
+
+
+def _merged(params: Any, here: list[bool], new: Any, rest: Any) -> Any:
+    """The leaves of one tree where ``here`` says so, and those of another elsewhere."""
+    structure = tree_structure(params)
+    pairs = zip(
+        tree_flatten_up_to(structure, new), tree_flatten_up_to(structure, rest), here, strict=True
+    )
+    return tree_unflatten(structure, [a if wanted else b for a, b, wanted in pairs])
+
+
+def _copied(params: Any, here: list[bool]) -> Any:
+    leaves, structure = tree_flatten(params)
+    return tree_unflatten(
+        structure, [leaf if wanted else leaf.clone() for leaf, wanted in zip(leaves, here, strict=True)]
+    )
