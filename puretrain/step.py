@@ -1,0 +1,546 @@
+"""From a loss function to a step: ``step(state, batch) -> state``, a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from puretrain import random
+from puretrain.errors import (
+    ConfigurationError,
+    LossError,
+    NonFiniteError,
+    OptimizerError,
+    StructureError,
+    TransformError,
+)
+from puretrain.optim import Optimizer
+from puretrain.state import Accumulator, LossScale, TrainState, give_up, may_overwrite
+from puretrain.tree import (
+    FrozenDict,
+    Record,
+    field,
+    freeze,
+    path_string,
+    tree_cast,
+    tree_flatten,
+    tree_leaves,
+    tree_like,
+    tree_map,
+    tree_paths,
+    tree_structure,
+    tree_unflatten,
+    under_transform,
+)
+
+__all__ = ["Aux", "EvalStep", "Loss", "NonFinite", "Precision", "Step", "eval_step", "train_step"]
+
+S = TypeVar("S", bound=TrainState)
+T = TypeVar("T")
+
+Precision = Literal["32", "64", "bf16", "16"]
+NonFinite = Literal["propagate", "raise", "skip"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
+_FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
+
+
+class Aux(Record):
+    """What a loss function returns besides the loss."""
+
+    buffers: Any = None
+    """The new buffers; None keeps the old ones."""
+    metrics: Any = field(default_factory=FrozenDict)
+    """Metrics by name: tensors of shape ``()`` or metric records. No gradient flows from them."""
+
+
+class Loss(Protocol):
+    """A pure loss function."""
+
+    def __call__(self, params: Any, buffers: Any, batch: Any, key: Tensor, /) -> Any:
+        """Return the loss, a tensor of shape ``()``, or a pair of it and an :class:`Aux`."""
+        ...
+
+
+class Step(Protocol):
+    """A pure function from a state and a batch to the next state."""
+
+    def __call__(self, state: S, batch: Any, /, *, donate: bool = False) -> S:
+        """Take one step; see :func:`train_step`."""
+        ...
+
+
+class EvalStep(Protocol):
+    """A pure function from a state and a batch to metrics."""
+
+    def __call__(self, state: TrainState, batch: Any, /) -> FrozenDict[Any]:
+        """Evaluate one batch; see :func:`eval_step`."""
+        ...
+
+
+class _Result(NamedTuple):
+    """What one evaluation of the loss gives, all of it detached."""
+
+    loss: Tensor
+    buffers: Any
+    metrics: FrozenDict[Any]
+    grads: list[Tensor | None]  # aligned with the leaves of the parameters
+
+
+def train_step(
+    loss: Loss,
+    optimizer: Optimizer,
+    *,
+    accumulate: int = 1,
+    precision: Precision = "32",
+    nonfinite: NonFinite = "propagate",
+    draws: bool = True,
+) -> Step:
+    """Make a step out of a loss function and an optimizer.
+
+    ``step(state, batch)`` returns the next state and changes nothing: not the state, the batch,
+    a module, or torch's random generators. ``step(state, batch, donate=True)`` computes the same
+    bits in the memory of the given state, which raises :class:`~puretrain.DonatedStateError` when
+    it is read afterwards; that is what a loop wants. While the state is under a
+    :func:`~puretrain.lease`, a donating step copies.
+
+    Gradients come from ``torch.autograd.grad``; inside a transform of ``torch.func`` and under
+    ``torch.compile`` they come from ``torch.func``, so that steps compose. There, a parameter that
+    the loss does not use has a gradient of zero; otherwise it has none and stays as it is.
+
+    Args:
+        loss: ``loss(params, buffers, batch, key)`` returns the loss, a tensor of shape ``()``, or
+            ``(loss, Aux(buffers=…, metrics=…))``. It may draw random numbers as it likes: torch's
+            generators are seeded from ``key``, the key of this very step.
+        optimizer: what turns gradients into new parameters.
+        accumulate: how many batches make an update. Their gradients are summed and divided by
+            their number; ``step.flush(state)`` updates with the batches of an unfinished group,
+            divided by *its* number (the loop does so at the end of an epoch).
+        precision: ``'32'`` leaves dtypes alone. ``'64'`` converts floating-point inputs to
+            float64 and wants parameters of float64 (see :func:`~puretrain.tree.tree_cast`).
+            ``'bf16'`` runs the loss under autocast to bfloat16; ``'16'`` under autocast to
+            float16 with a dynamic loss scale in ``state.loss_scale``, which starts at 65536,
+            doubles after 2000 good updates in a row, and halves at an overflow, when the update
+            is skipped and counted in ``state.skipped``
+            (Micikevicius et al., "Mixed precision training", ICLR 2018).
+        nonfinite: what to do about a loss or gradient that is NaN or infinite: ``'propagate'``
+            does not look, and so never waits for the device; ``'raise'`` raises and leaves the
+            state as it was, donated or not; ``'skip'`` leaves parameters, buffers and optimizer
+            as they were and counts the batch in ``state.skipped``.
+        draws: False says that the loss draws nothing: ``key`` is None then and the generators are
+            left alone, which saves some 20 µs.
+
+    Raises:
+        ConfigurationError: an argument has no such value.
+        LossError: (the step) the loss is no scalar tensor, or no parameter takes part in it.
+        NonFiniteError: (the step) as ``nonfinite='raise'`` says.
+        StructureError: (the step) a parameter can't be differentiated, or has the wrong precision.
+        TransformError: (the step) a state can't be donated, nor raised about, inside a transform.
+
+    Example:
+        >>> import puretrain as pt
+        >>> def loss(params, buffers, batch, key):
+        ...     x, y = batch
+        ...     return ((x @ params["w"] - y) ** 2).mean()
+        >>> optimizer = pt.optim.sgd(lr=0.5)
+        >>> step = train_step(loss, optimizer)
+        >>> state = pt.TrainState.create(
+        ...     {"w": torch.zeros(2)}, None, optimizer, key=pt.random.key(0))
+        >>> state = step(state, (torch.eye(2), torch.tensor([1.0, 2.0])))
+        >>> state.params["w"], state.metrics["loss"]
+        (tensor([0.5000, 1.0000]), tensor(2.5000))
+    """
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ConfigurationError(f"accumulate is a whole number from 1, not {accumulate!r}")
+    _check_choice("precision", precision, ("32", "64", "bf16", "16"))
+    _check_choice("nonfinite", nonfinite, ("propagate", "raise", "skip"))
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(
+            f"optimizer is an Optimizer, such as puretrain.optim.adamw(1e-3), not {optimizer!r}; "
+            "end a chain of transformations with one"
+        )
+    scaled = precision == "16"
+
+    def step(state: S, batch: Any, /, *, donate: bool = False) -> S:
+        donate = _may_donate(state, donate)
+        if not draws:
+            return advance(state, batch, None, donate)
+        key = random.fold_in(state.key, _host(state.step))
+        with random.scope(key):
+            return advance(state, batch, key, donate)
+
+    def advance(given: S, batch: Any, key: Tensor | None, donate: bool) -> S:
+        scale = _typed_loss_scale(given.loss_scale) if scaled else None
+        state = given
+        if accumulate > 1:
+            state = state.replace(accumulator=_typed_accumulator(state))
+        result = _evaluate(loss, state, batch, key, precision, scale and scale.scale)
+        if scaled or nonfinite != "propagate":
+            finite = _all_finite(result)
+            if nonfinite == "raise":
+                _raise_unless(finite if scale is None else result.loss.isfinite(), state, result)
+        else:
+            finite = True
+        counted = {
+            "step": state.step + 1,
+            "metrics": result.metrics,
+            "loss_scale": _rescale(scale, finite),
+        }
+
+        def use() -> S:
+            used = {**counted, "buffers": result.buffers}
+            if accumulate == 1:
+                return update(state, result.grads, donate, used)
+            accumulator = _add(cast(Accumulator, state.accumulator), result.grads, donate)
+            used["accumulator"] = accumulator
+            return _choose(
+                accumulator.count == accumulate,
+                lambda: update(state, _mean(accumulator), donate, used),
+                lambda: state.replace(**used),
+            )
+
+        def skip() -> S:
+            return state.replace(**counted, skipped=state.skipped + 1)
+
+        new = _choose(finite, use, skip)
+        if donate:
+            give_up(given, new)
+        return new
+
+    def update(state: S, grads: list[Tensor | None], donate: bool, changes: dict[str, Any]) -> S:
+        params, opt_state = optimizer.update(
+            tree_unflatten(tree_structure(state.params), grads),
+            state.opt_state,
+            state.params,
+            donate=donate,
+        )
+        accumulator = changes.get("accumulator")
+        if accumulator is not None:  # the sums stay: the next group's first gradients replace them
+            accumulator = accumulator.replace(
+                count=torch.zeros_like(accumulator.count), seen=torch.zeros_like(accumulator.seen)
+            )
+        changes |= {"params": params, "opt_state": opt_state, "accumulator": accumulator}
+        return state.replace(**changes, updates=state.updates + 1)
+
+    def flush(state: S, /, *, donate: bool = False) -> S:
+        """Update with the batches of an unfinished group, if there are any."""
+        if accumulate == 1:
+            return state
+        donate = _may_donate(state, donate)
+        accumulator = _typed_accumulator(state)
+        waiting = state.replace(accumulator=accumulator)
+        new = _choose(
+            accumulator.count > 0,
+            lambda: update(waiting, _mean(accumulator), donate, {"accumulator": accumulator}),
+            lambda: waiting,
+        )
+        if donate:
+            give_up(state, new)
+        return new
+
+    step.flush = flush  # type: ignore[attr-defined]
+    return cast(Step, step)
+
+
+def eval_step(
+    function: Callable[[Any, Any, Any, Tensor], Mapping[str, Any]],
+    *,
+    precision: Precision = "32",
+) -> EvalStep:
+    """Make a pure function from a state and a batch to metrics.
+
+    Args:
+        function: ``function(params, buffers, batch, key)`` returns metrics by name: tensors of
+            shape ``()``, which are averaged over batches by their sizes, or metric records. It
+            runs without gradients; what it draws is a function of the state's key and step.
+        precision: as for :func:`train_step`.
+
+    Raises:
+        ConfigurationError: ``precision`` has no such value.
+        LossError: (the step) the function did not return a mapping.
+
+    Example:
+        >>> import puretrain as pt
+        >>> step = eval_step(lambda params, buffers, batch, key: {"sum": params["w"] @ batch})
+        >>> state = pt.TrainState.create({"w": torch.ones(3)}, key=pt.random.key(0))
+        >>> step(state, torch.arange(3.0))
+        {'sum': f32 3.0}
+    """
+    _check_choice("precision", precision, ("32", "64", "bf16", "16"))
+
+    def step(state: TrainState, batch: Any, /) -> FrozenDict[Any]:
+        key = random.fold_in(random.stream(state.key, "evaluation"), _host(state.step))
+        with random.scope(key), torch.no_grad(), _casting(precision, state.params):
+            metrics = function(state.params, state.buffers, _cast(batch, precision), key)
+        if not isinstance(metrics, Mapping):
+            raise LossError(
+                f"the function of eval_step returned {type(metrics).__name__}; "
+                "it returns metrics by name, such as {'loss': loss}"
+            )
+        return FrozenDict(metrics)
+
+    return step
+
+
+# ── Gradients ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _evaluate(
+    loss: Loss,
+    state: TrainState,
+    batch: Any,
+    key: Tensor | None,
+    precision: Precision,
+    scale: Tensor | None,
+) -> _Result:
+    leaves, structure = tree_flatten(state.params)
+    if precision == "64":
+        _check_float64(state.params)
+    batch = _cast(batch, precision)
+
+    def scaled_loss(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Aux]]:
+        params = tree_unflatten(structure, leaves)
+        with _casting(precision, state.params):
+            value, aux = _check_loss(loss(params, state.buffers, batch, cast(Tensor, key)))
+        return value if scale is None else value * scale, (value, aux)
+
+    grads: Sequence[Tensor | None]
+    if under_transform():
+        # A function of the leaves, so that outer transforms see through it.
+        grads, (_, (value, aux)) = torch.func.grad_and_value(scaled_loss, has_aux=True)(leaves)
+    else:
+        with torch.enable_grad():
+            try:
+                inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+            except (AttributeError, RuntimeError):
+                raise StructureError(_not_differentiable(state.params)) from None
+            value_to_differentiate, (value, aux) = scaled_loss(inputs)
+            if not value_to_differentiate.requires_grad:
+                raise LossError(
+                    "the loss does not depend on any parameter: compute it from the params that "
+                    "the loss function is given, without detach() or no_grad()"
+                )
+            grads = torch.autograd.grad(value_to_differentiate, inputs, allow_unused=True)
+        grads = _owned(grads, leaves)
+    if scale is not None:
+        grads = [None if grad is None else grad / scale for grad in grads]
+    value = _detached(value)
+    return _Result(
+        value,
+        state.buffers if aux.buffers is None else _detached(aux.buffers),
+        FrozenDict({"loss": value, **_detached(aux.metrics)}),
+        list(grads),
+    )
+
+
+def _owned(grads: Sequence[Tensor | None], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Make sure that gradients may be changed in place.
+
+    Autograd returns one tensor for two inputs that were added, and an expanded one for a sum.
+    """
+    owned: list[Tensor | None] = []
+    seen = set()
+    for grad, leaf in zip(grads, leaves, strict=True):
+        if grad is not None:
+            if grad.stride() != leaf.stride() or grad.data_ptr() in seen:
+                grad = torch.empty_like(leaf).copy_(grad)
+            seen.add(grad.data_ptr())
+        owned.append(grad)
+    return owned
+
+
+def _check_loss(returned: Any) -> tuple[Tensor, Aux]:
+    value, aux = (
+        returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, Aux())
+    )
+    if not isinstance(value, Tensor) or not isinstance(aux, Aux):
+        raise LossError(
+            f"the loss function returned {_describe(returned)}; it returns the loss, a tensor of "
+            "shape (), or (loss, Aux(buffers=…, metrics=…))"
+        )
+    if value.dim() or not value.is_floating_point():
+        raise LossError(
+            f"the loss is {_describe(value)}; it must be one floating-point number, a tensor of "
+            "shape (): reduce it with .mean() or .sum()"
+        )
+    return value, aux
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_describe, value))})"
+    return f"an object of type {type(value).__name__}"
+
+
+def _detached(tree: Any) -> Any:
+    if under_transform():  # an outer transform may want to differentiate these
+        return freeze(tree)
+    if isinstance(tree, Tensor):
+        return tree.detach() if tree.requires_grad else tree
+    if isinstance(tree, Mapping):  # by hand: this is in every step, and maps are cheap to walk
+        return FrozenDict({key: _detached(child) for key, child in tree.items()})
+    return tree_map(_detached, freeze(tree))
+
+
+def _not_differentiable(params: Any) -> str:
+    for path, leaf in zip(tree_paths(params), tree_leaves(params), strict=True):
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            return (
+                f"params/{path_string(path)} is {_describe(leaf)}, which has no gradient; "
+                "keep it in the buffers"
+            )
+    return "a parameter can't require a gradient; was it made in torch.inference_mode()?"
+
+
+# ── Precision ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _casting(precision: Precision, params: Any) -> AbstractContextManager[Any]:
+    dtype = _AUTOCAST.get(precision)
+    if dtype is None:
+        return nullcontext()
+    device = next((leaf.device.type for leaf in tree_leaves(params)), "cpu")
+    return torch.autocast(device, dtype=dtype)
+
+
+def _cast(batch: Any, precision: Precision) -> Any:
+    return tree_cast(batch, torch.float64) if precision == "64" else batch
+
+
+def _check_float64(params: Any) -> None:
+    for path, leaf in zip(tree_paths(params), tree_leaves(params), strict=True):
+        if leaf.dtype != torch.float64:
+            raise StructureError(
+                f"params/{path_string(path)} is {leaf.dtype}, but the precision of the step is "
+                "'64': make the state from tree_cast(params, torch.float64) and buffers likewise"
+            )
+
+
+def _typed_loss_scale(stored: Any) -> LossScale:
+    if stored is None:
+        return LossScale(torch.tensor(_FIRST_SCALE), torch.tensor(0, dtype=torch.int32))
+    if isinstance(stored, LossScale):
+        return stored
+    return LossScale(stored["scale"], stored["good"])  # as a checkpoint holds it
+
+
+def _rescale(before: LossScale | None, finite: bool | Tensor) -> LossScale | None:
+    if before is None:
+        return None
+    good = before.good + 1
+    grown = good >= _GROWTH_INTERVAL
+    return _choose(
+        finite,
+        lambda: LossScale(
+            torch.where(grown, before.scale * _GROWTH, before.scale),
+            torch.where(grown, torch.zeros_like(good), good),
+        ),
+        lambda: LossScale(before.scale * _BACKOFF, torch.zeros_like(good)),
+    )
+
+
+def _all_finite(result: _Result) -> bool | Tensor:
+    grads = [grad for grad in result.grads if grad is not None]
+    if under_transform():
+        return torch.stack([x.isfinite().all() for x in (result.loss, *grads)]).all()
+    # The largest magnitude of each, which is finite only if all are; it can't overflow as a sum can
+    largest = torch._foreach_norm(grads, float("inf"))
+    return bool(torch.stack([x.float() for x in (result.loss, *largest)]).isfinite().all())
+
+
+def _raise_unless(finite: bool | Tensor, state: TrainState, result: _Result) -> None:
+    if under_transform():
+        raise TransformError(
+            "nonfinite='raise' can't look at values inside a transform; use 'skip' or 'propagate'"
+        )
+    if finite:
+        return
+    bad = "the loss"
+    if bool(result.loss.isfinite()):
+        pairs = zip(tree_paths(state.params), result.grads, strict=True)
+        bad = "the gradient of " + next(
+            f"params/{path_string(path)}"
+            for path, grad in pairs
+            if grad is not None and not bool(grad.isfinite().all())
+        )
+    raise NonFiniteError(
+        f"step {int(state.step)}: {bad} is not finite (loss {result.loss.item()}). The state is "
+        "as it was before the step. nonfinite='skip' goes on without such batches"
+    )
+
+
+# ── Accumulation ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _typed_accumulator(state: TrainState) -> Accumulator:
+    stored: Any = state.accumulator
+    if isinstance(stored, Accumulator):
+        return stored
+    leaves = tree_leaves(state.params)
+    empty = Accumulator(
+        tree_map(torch.zeros_like, state.params),
+        torch.zeros(len(leaves), dtype=torch.bool),
+        torch.tensor(0, dtype=torch.int64),
+    )
+    if stored is None:
+        return empty
+    return tree_like(empty, stored, "the accumulator", ("accumulator",))
+
+
+def _add(before: Accumulator, grads: list[Tensor | None], donate: bool) -> Accumulator:
+    sums, structure = tree_flatten(before.grads)
+    new: list[Tensor] = []
+    for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
+        if grad is None:
+            new.append(total if donate else total.clone())
+        elif under_transform():
+            new.append(torch.where(before.seen[i], total + grad, grad))
+        elif not before.seen[i]:
+            new.append(grad)  # not 0 + grad: that would turn -0.0 into 0.0
+        else:
+            new.append(total.add_(grad) if donate else total + grad)
+    had = torch.tensor([grad is not None for grad in grads])
+    return Accumulator(tree_unflatten(structure, new), before.seen | had, before.count + 1)
+
+
+def _mean(accumulator: Accumulator) -> list[Tensor | None]:
+    sums = tree_leaves(accumulator.grads)
+    if under_transform():
+        return [total / accumulator.count for total in sums]
+    count, seen = int(accumulator.count), accumulator.seen.tolist()
+    return [total / count if had else None for total, had in zip(sums, seen, strict=True)]
+
+
+# ── Control flow ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _choose(condition: bool | Tensor, yes: Callable[[], T], no: Callable[[], T]) -> T:
+    """A branch on the host, or, where tensors have no values to look at, a choice by element."""
+    if isinstance(condition, bool) or not under_transform():
+        return yes() if condition else no()
+    return tree_map(lambda a, b: torch.where(condition, a, b), yes(), no())
+
+
+def _host(count: Tensor) -> int | Tensor:
+    """Read a number where it can be read: folding in an integer is quicker than a tensor."""
+    return count if under_transform() else int(count)
+
+
+def _may_donate(state: TrainState, donate: bool) -> bool:
+    if donate and under_transform():
+        raise TransformError(
+            "a state can't be donated inside a transform; donate to the transformed function's "
+            "caller instead, or leave donate=False"
+        )
+    return donate and may_overwrite(state)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")
