@@ -1,0 +1,546 @@
+"""The bytes of a checkpoint: header and index, encoded and strictly decoded.
+
+``docs/checkpoint-format.md`` specifies them. Nothing here opens a file or touches a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import msgpack
+import torch
+import xxhash
+
+from puretrain.errors import CheckpointError
+from puretrain.tree import FrozenDict, Record, field, path_string
+
+__all__ = ["DTYPES", "Entry", "Header", "Index"]
+
+VERSION = 1
+HEADER_LENGTH = 64
+ALIGNMENT = 64
+CHECKSUM_LENGTH = 16
+
+# The limits keep a lying file from costing memory or time; what save writes stays within them.
+MAX_GAP = 1 << 16
+MAX_INDEX_LENGTH = 1 << 26
+MAX_ENTRY_LENGTH = 1 << 16
+MAX_METADATA_LENGTH = 1 << 20
+MAX_ITEMS = 1 << 16
+MAX_DEPTH = 100
+MAX_DIMENSIONS = 64
+MAX_INTEGER_LENGTH = 1 << 10
+
+# The first byte is no ASCII and the line ends are of both kinds, so that a transfer which changes
+# text or strips the eighth bit is found out; the byte 26 ends a text file that is typed on Windows.
+MAGIC = b"\x89PTC\r\n\x1a\n"
+_HEADER = struct.Struct("<8sIIQQQ16s")
+
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        "float4_e2m1fn_x2",
+    )
+}
+"""The element types that a file may have, by their names in the file."""
+
+STORED = frozenset({"tensor", "str", "bytes"})
+"""The kinds of entries that have bytes in the data."""
+EMPTY = frozenset({"none", "map", "list"})
+"""The kinds of entries that are no leaves."""
+_VALUES: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int, bytes), "float": (float,)}
+
+
+class Entry(Record):
+    """What the index of a checkpoint says of one leaf, or of a node without leaves."""
+
+    keys: tuple[str | int, ...] = field(static=True)
+    """The keys that lead to it from the root: names in a mapping, positions in a sequence."""
+    kind: str = field(static=True)
+    """``tensor``, ``tied``, ``bool``, ``int``, ``float``, ``str`` or ``bytes``; for a node without
+    leaves ``none``, ``map`` or ``list``."""
+    dtype: str = field(static=True, default="")
+    """The element type of a tensor, such as ``float32``; for other leaves their kind."""
+    shape: tuple[int, ...] = field(static=True, default=())
+    """The shape of a tensor."""
+    offset: int = field(static=True, default=0)
+    """Where its bytes begin, counted from the beginning of the data."""
+    nbytes: int = field(static=True, default=0)
+    """How many bytes it has in the data; none if it is tied or its value is in the index."""
+    checksum: bytes = field(static=True, default=b"")
+    """XXH3-128 of these bytes."""
+    value: bool | int | float | None = field(static=True, default=None)
+    """The value of a bool, an int or a float."""
+    tied_to: int | None = field(static=True, default=None)
+    """For a tensor that occurs twice: the number of the entry that holds it."""
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The keys as strings."""
+        return tuple(map(str, self.keys))
+
+
+class Index(Record):
+    """What a checkpoint says of itself, without the tensors; see :func:`read_index`."""
+
+    version: int = field(static=True)
+    """The version of the format."""
+    file_length: int = field(static=True)
+    """The length of the file in bytes."""
+    data_offset: int = field(static=True)
+    """Where the data begin in the file."""
+    writer: Mapping[str, Any] = field(static=True)
+    """What wrote the file and when: versions of puretrain and torch, time of creation in UTC."""
+    metadata: Mapping[str, Any] = field(static=True)
+    """What the caller of :func:`save` gave."""
+    entries: tuple[Entry, ...] = field(static=True)
+    """All leaves and all nodes without leaves, in the order of the tree."""
+
+    @property
+    def leaves(self) -> tuple[Entry, ...]:
+        """The entries that are leaves."""
+        return tuple(entry for entry in self.entries if entry.kind not in EMPTY)
+
+
+class Header(NamedTuple):
+    """The fixed first bytes of a file."""
+
+    index_length: int
+    data_offset: int
+    file_length: int
+    index_checksum: bytes
+
+
+# ── Encoding ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def aligned(offset: int) -> int:
+    """The smallest multiple of the alignment that is not below an offset."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def encode_index(
+    entries: Iterable[Entry], metadata: Mapping[str, Any], writer: Mapping[str, Any], name: str
+) -> bytes:
+    """Write an index; its length does not depend on the checksums.
+
+    Args:
+        entries: in the order of the tree; without a checksum, zeros stand in its place.
+        metadata: string keys, plain values.
+        writer: string keys, plain values.
+        name: the file, for errors.
+
+    Raises:
+        CheckpointError: a limit is exceeded, or the metadata are not plain.
+    """
+    packed = []
+    for entry in entries:
+        packed.append(_pack(_entry_fields(entry)))
+        if len(packed[-1]) > MAX_ENTRY_LENGTH:
+            raise CheckpointError(
+                f"{name}: the path {path_string(entry.keys)[:80]}… is too long: its entry has "
+                f"{len(packed[-1]):,} bytes, of at most {MAX_ENTRY_LENGTH:,}"
+            )
+    packed_metadata = _pack(_plain(metadata, ("metadata",), name))
+    if len(packed_metadata) > MAX_METADATA_LENGTH:
+        raise CheckpointError(
+            f"{name}: the metadata have {len(packed_metadata):,} bytes, of at most "
+            f"{MAX_METADATA_LENGTH:,}; put large things into the tree"
+        )
+    packer = msgpack.Packer()
+    content = b"".join(
+        (
+            packer.pack_map_header(4),
+            *(packer.pack("requires"), packer.pack([])),
+            *(packer.pack("writer"), packer.pack(writer)),
+            *(packer.pack("metadata"), packed_metadata),
+            *(packer.pack("entries"), packer.pack_array_header(len(packed)), *packed),
+        )
+    )
+    if len(content) > MAX_INDEX_LENGTH:
+        raise CheckpointError(
+            f"{name}: the index of {len(packed):,} leaves has {len(content):,} bytes, of at most "
+            f"{MAX_INDEX_LENGTH:,}; save the tree in several files"
+        )
+    return content
+
+
+def encode_head(index: bytes, data_length: int) -> bytes:
+    """Write everything in front of the data: header, index, and zeros up to the alignment."""
+    data_offset = aligned(HEADER_LENGTH + len(index))
+    header = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        0,
+        len(index),
+        data_offset,
+        data_offset + data_length,
+        xxhash.xxh3_128_digest(index),
+    )
+    head = header + xxhash.xxh3_64_digest(header) + index
+    return head.ljust(data_offset, b"\0")
+
+
+def _entry_fields(entry: Entry) -> dict[str, Any]:
+    fields: dict[str, Any] = {"path": entry.keys, "kind": entry.kind}
+    if entry.kind == "tensor":
+        fields |= {"dtype": entry.dtype, "shape": entry.shape}
+    if entry.kind in STORED:
+        checksum = entry.checksum or bytes(CHECKSUM_LENGTH)
+        fields |= {"offset": entry.offset, "size": entry.nbytes, "xxh3": checksum}
+    if entry.kind in _VALUES:
+        value: Any = entry.value
+        if type(value) is int and not -(2**63) <= value < 2**64:
+            value = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        fields["value"] = value
+    if entry.kind == "tied":
+        fields["to"] = entry.tied_to
+    return fields
+
+
+def _pack(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
+
+
+def _plain(value: Any, where: tuple[str, ...], name: str) -> Any:
+    """Metadata as what msgpack packs: dicts, lists and scalars."""
+    kind = type(value)
+    if isinstance(value, Mapping) or kind in {list, tuple}:
+        if len(value) > MAX_ITEMS or len(where) > MAX_DEPTH:
+            raise CheckpointError(
+                f"{name}: {path_string(where[:8])} has more than {MAX_ITEMS:,} items or is nested "
+                f"deeper than {MAX_DEPTH}; put large things into the tree"
+            )
+        if not isinstance(value, Mapping):
+            return [_plain(item, (*where, str(i)), name) for i, item in enumerate(value)]
+        for key in value:
+            if type(key) is not str or not is_text(key):
+                raise CheckpointError(
+                    f"{name}: {path_string(where)} has the key {key!r}; metadata have string keys"
+                )
+        return {key: _plain(item, (*where, key), name) for key, item in value.items()}
+    if kind is int and not -(2**63) <= value < 2**64:
+        raise CheckpointError(f"{name}: {path_string(where)} is an integer of more than 64 bits")
+    if kind is str and not is_text(value):
+        raise CheckpointError(
+            f"{name}: {path_string(where)} is {value!r}, which is no Unicode text"
+        )
+    if value is not None and kind not in {bool, int, float, str, bytes}:
+        raise CheckpointError(
+            f"{name}: {path_string(where)} is a {kind.__name__}; metadata are None, bool, int, "
+            "float, str, bytes, and lists and dicts of them; put tensors into the tree"
+        )
+    return value
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: a lone surrogate can't."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ── Decoding ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def decode_header(content: bytes, size: int, name: str) -> Header:
+    """Read the header and check that it fits the file.
+
+    Args:
+        content: the first bytes of the file, :data:`HEADER_LENGTH` of them or the whole file.
+        size: the length of the file in bytes.
+        name: the file, for errors.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, has another version, is truncated or damaged.
+    """
+
+    def fail(message: str) -> NoReturn:
+        raise CheckpointError(f"{name}: {message}")
+
+    if size == 0:
+        fail("the file is empty")
+    if content[:8] != MAGIC[: len(content)]:
+        fail(_foreign(content))
+    if len(content) < HEADER_LENGTH:
+        fail(f"the file is truncated: it has {size} bytes, and the header alone {HEADER_LENGTH}")
+    fields = _HEADER.unpack_from(content)
+    _, version, reserved, index_length, data_offset, file_length, index_checksum = fields
+    if version != VERSION:
+        fail(
+            f"the file has version {version} of the format, this puretrain reads version {VERSION}"
+            + ("; install a newer puretrain" if version > VERSION else "")
+        )
+    if xxhash.xxh3_64_digest(content[: _HEADER.size]) != content[_HEADER.size :]:
+        fail(f"the header (bytes 0 to {HEADER_LENGTH}) is damaged: its checksum is wrong")
+    if size < file_length:
+        fail(f"the file is truncated: it has {size:,} bytes of {file_length:,}")
+    if size > file_length:
+        fail(f"the file has {size - file_length:,} bytes behind its end at {file_length:,}")
+    index_end = HEADER_LENGTH + index_length
+    if (
+        reserved
+        or index_length > MAX_INDEX_LENGTH
+        or data_offset % ALIGNMENT
+        or not 0 <= data_offset - index_end < MAX_GAP
+        or data_offset > file_length
+    ):
+        fail(
+            f"the header is invalid: the index of {index_length:,} bytes and the data from byte "
+            f"{data_offset:,} on don't fit the format or the file of {size:,} bytes"
+        )
+    return Header(index_length, data_offset, file_length, index_checksum)
+
+
+def _foreign(content: bytes) -> str:
+    if content[:4] == MAGIC[:4] or content[1:4] == MAGIC[1:4]:
+        return (
+            "the first bytes are damaged, as by a transfer that changes line ends: copy the file "
+            "in binary mode"
+        )
+    if content.startswith(b"PK\3\4"):
+        kind = "a zip archive, as torch.save and numpy.savez write it"
+    elif content.startswith(b"\x80") and content[1:2] in {b"\2", b"\3", b"\4", b"\5"}:
+        kind = "a pickle"
+    elif content[8:10] == b'{"':
+        kind = "a safetensors file"
+    else:
+        kind = f"something else, which begins with {content[:8]!r}"
+    return f"this is no puretrain checkpoint but {kind}"
+
+
+def decode_index(content: bytes, header: Header, name: str) -> Index:
+    """Read an index and check all that it says: against itself, the limits, and the file's length.
+
+    The memory that this takes is bounded by a small multiple of the length of the index.
+
+    Args:
+        content: the index, then the zeros up to the data.
+        header: the header of the same file.
+        name: the file, for errors.
+
+    Raises:
+        CheckpointError: the index is damaged or invalid, or asks for a feature that is not known.
+    """
+    where = f"{name}: the index (bytes {HEADER_LENGTH} to {HEADER_LENGTH + header.index_length:,})"
+    content, padding = content[: header.index_length], content[header.index_length :]
+    if xxhash.xxh3_128_digest(content) != header.index_checksum:
+        raise CheckpointError(f"{where} is damaged: its checksum is wrong")
+    if padding.strip(b"\0"):
+        raise CheckpointError(f"{where} is not followed by zeros: the file is damaged")
+    try:
+        found = _unpack_index(content)
+        entries = _decode_entries(found["entries"])
+        nest(entries)
+        _check_placement(entries, header)
+    except (ValueError, OverflowError, msgpack.UnpackException) as error:
+        # what msgpack says of an end before its time is nothing at all
+        reason = str(error) or "it ends in the middle of a value"
+        raise CheckpointError(f"{where} is invalid: {reason}") from None
+    return Index(
+        VERSION,
+        header.file_length,
+        header.data_offset,
+        FrozenDict(found["writer"]),
+        FrozenDict(found["metadata"]),
+        entries,
+    )
+
+
+def _unpack_index(content: bytes) -> dict[str, Any]:
+    # Each part is measured before it is unpacked. A decoder that is let loose on the whole would
+    # turn one byte into an object of 64, and reserve what an array claims to hold.
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(content), 1))
+    unpacker.feed(content)
+
+    def take(what: str, limit: int, kind: type) -> Any:
+        start = unpacker.tell()
+        unpacker.skip()
+        end = unpacker.tell()
+        if end - start > limit:
+            raise ValueError(f"{what} has {end - start:,} bytes, of at most {limit:,}")
+        value = msgpack.unpackb(
+            content[start:end],
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_unique,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+        )
+        if type(value) is not kind:
+            raise ValueError(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
+        return value
+
+    found: dict[str, Any] = {}
+    for number in range(unpacker.read_map_header()):
+        key = take("a key", MAX_ENTRY_LENGTH, str)
+        if key in found:
+            raise ValueError(f"the key {key!r} occurs twice")
+        if (number == 0) != (key == "requires"):
+            raise ValueError("'requires' must be its first key")
+        found[key] = None
+        if key == "requires":
+            needed = take(key, MAX_ENTRY_LENGTH, list)
+            if needed:
+                shown = ", ".join(map(str, needed[:8]))
+                raise ValueError(
+                    f"reading it requires {shown}, which this puretrain does not know; "
+                    "install a newer one"
+                )
+        elif key in {"writer", "metadata"}:
+            found[key] = take(key, MAX_METADATA_LENGTH, dict)
+        elif key == "entries":
+            found[key] = [
+                take(f"entry {i}", MAX_ENTRY_LENGTH, dict)
+                for i in range(unpacker.read_array_header())
+            ]
+        else:
+            unpacker.skip()
+    if unpacker.tell() != len(content):
+        raise ValueError(f"it has {len(content) - unpacker.tell():,} bytes too many")
+    for key in ("requires", "writer", "metadata", "entries"):
+        if key not in found:
+            raise ValueError(f"it has no {key!r}")
+    return found
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a map has a key twice")
+    if not all(type(key) is str for key in mapping):
+        raise ValueError("a map has a key that is no string")
+    return mapping
+
+
+def _decode_entries(found: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    if not found:
+        raise ValueError("it has no entries")
+    entries: list[Entry] = []
+    for number, fields in enumerate(found):
+        try:
+            entries.append(_decode_entry(fields, entries))
+        except ValueError as error:
+            raise ValueError(f"entry {number}: {error}") from None
+    return tuple(entries)
+
+
+def _decode_entry(fields: dict[str, Any], before: Sequence[Entry]) -> Entry:
+    def take(key: str, *kinds: type) -> Any:
+        if type(fields.get(key)) not in kinds:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"its {key!r} is {fields.get(key)!r:.80}, not {expected}")
+        return fields[key]
+
+    keys = tuple(take("path", list))
+    for key in keys:
+        if type(key) is not str and (type(key) is not int or key < 0):
+            raise ValueError(f"its path has the key {key!r:.80}")
+    if len(keys) > MAX_DEPTH:
+        raise ValueError(f"its path has {len(keys)} keys, of at most {MAX_DEPTH}")
+    kind = take("kind", str)
+    if kind in EMPTY:
+        return Entry(keys, kind)
+    if kind in _VALUES:
+        value = take("value", *_VALUES[kind])
+        if isinstance(value, bytes):
+            if not 0 < len(value) <= MAX_INTEGER_LENGTH:
+                raise ValueError(f"its value has {len(value)} bytes")
+            value = int.from_bytes(value, "little", signed=True)
+        return Entry(keys, kind, kind, value=value)
+    if kind == "tied":
+        target = take("to", int)
+        if not 0 <= target < len(before) or before[target].kind != "tensor":
+            raise ValueError(f"{path_string(keys)} is tied to entry {target}, no tensor before it")
+        held = before[target]
+        return Entry(keys, kind, held.dtype, held.shape, tied_to=target)
+    if kind not in STORED:
+        raise ValueError(f"{path_string(keys)} is of the kind {kind!r:.80}, which is not known")
+    offset, nbytes, checksum = take("offset", int), take("size", int), take("xxh3", bytes)
+    if len(checksum) != CHECKSUM_LENGTH:
+        raise ValueError(f"{path_string(keys)} has a checksum of {len(checksum)} bytes")
+    if kind != "tensor":
+        return Entry(keys, kind, kind, (), offset, nbytes, checksum)
+    dtype, shape = take("dtype", str), tuple(take("shape", list))
+    if dtype not in DTYPES:
+        raise ValueError(f"{path_string(keys)} has the unknown dtype {dtype!r:.80}")
+    if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{path_string(keys)} has the shape {shape!r:.80}")
+    width = DTYPES[dtype].itemsize
+    # the strides of an empty tensor must not overflow either
+    if math.prod(max(n, 1) for n in shape) * width >= 2**63 or nbytes != math.prod(shape) * width:
+        raise ValueError(f"{path_string(keys)}: {dtype} of shape {shape} in {nbytes:,} bytes")
+    return Entry(keys, kind, dtype, shape, offset, nbytes, checksum)
+
+
+def _check_placement(entries: Iterable[Entry], header: Header) -> None:
+    # Every byte of the file then belongs to exactly one block, or to a gap that must be zero.
+    end, length = 0, header.file_length - header.data_offset
+    for entry in entries:
+        if entry.kind not in STORED:
+            continue
+        if entry.offset % ALIGNMENT or not 0 <= entry.offset - end < MAX_GAP or entry.nbytes < 0:
+            raise ValueError(
+                f"{path_string(entry.keys)} has {entry.nbytes:,} bytes from byte {entry.offset:,} "
+                f"of the data on, where the block before ends at {end:,}"
+            )
+        end = entry.offset + entry.nbytes
+        if end > length:
+            raise ValueError(
+                f"{path_string(entry.keys)} ends at byte {end:,} of the {length:,} bytes of data"
+            )
+    if end != length:
+        raise ValueError(f"there are {length:,} bytes of data, and the last block ends at {end:,}")
+
+
+def nest(entries: Iterable[Entry]) -> Any:
+    """Build the tree of dicts and lists that the paths of entries describe.
+
+    Its leaves are the numbers of the entries. The entries must come in the order of the tree, depth
+    first, and positions count from 0: there is one index for each tree, and no path occurs twice.
+
+    Raises:
+        ValueError: the paths describe no tree.
+    """
+    top: dict[str, Any] = {}
+    for number, entry in enumerate(entries):
+        node: Any = top
+        keys: tuple[str | int, ...] = ("", *entry.keys)
+        for depth, key in enumerate(keys):
+            final = depth == len(keys) - 1
+            child = _child(node, key)
+            if child is _NOWHERE or (final and child is not None):
+                raise ValueError(f"entry {number}: {path_string(entry.keys)} is not in its place")
+            if final:
+                child = number
+            elif child is None:
+                child = [] if type(keys[depth + 1]) is int else {}
+            if type(node) is list and key == len(node):
+                node.append(child)
+            else:
+                node[key] = child
+            node = child
+    return top[""]
+
+
+_NOWHERE = object()
+
+
+def _child(node: Any, key: str | int) -> Any:
+    """The last child of a node if that has the key, None where the key can be added."""
+    if type(node) is dict and type(key) is str:
+        if key not in node:
+            return None
+        return node[key] if next(reversed(node)) == key else _NOWHERE
+    if type(node) is list and type(key) is int and len(node) - 1 <= key <= len(node):
+        return node[key] if key < len(node) else None
+    return _NOWHERE
