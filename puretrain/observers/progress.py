@@ -1,0 +1,239 @@
+"""A progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from puretrain.errors import ConfigurationError
+from puretrain.loop import Event, Observer
+from puretrain.observers.scalars import scalars, step_metrics
+
+__all__ = ["progress"]
+
+_WINDOW = 10.0  # seconds over which the rate is taken
+_FASTEST = 0.1  # seconds between two drawings at least
+_SMALLEST_BAR, _LARGEST_BAR = 8, 40  # columns
+
+
+def progress(
+    *,
+    enabled: bool = True,
+    metrics: Sequence[str] | None = None,
+    refresh: float = 0.2,
+    interval: float = 10.0,
+    file: IO[str] | None = None,
+) -> Observer:
+    """Show how far the run is: epoch, batches, rate, time left in the epoch, and metrics.
+
+    In a terminal this is a bar that is redrawn now and then; elsewhere (a file, a pipe, a terminal
+    that can't move its cursor) a plain line now and then. Both add a line for each validation, each
+    epoch, an interrupt, and the end. What else is printed appears above the bar. Colour is left out
+    if the environment variable ``NO_COLOR`` is set.
+
+    Metrics are fetched from the device only when they are shown.
+
+    Args:
+        enabled: False shows nothing.
+        metrics: the names of the step's metrics to show, in order; all by default. The bar leaves
+            out what the width of the terminal has no room for.
+        refresh: seconds between two drawings of the bar, at least 0.1.
+        interval: seconds between two plain lines.
+        file: where to write; standard output by default.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> import io, torch
+        >>> import puretrain as pt
+        >>> from puretrain.loop import Event
+        >>> out, state = io.StringIO(), pt.TrainState.create({}, key=pt.random.key(0))
+        >>> show = progress(file=out)
+        >>> show(state, Event("validation", 2, 300, {"val/loss": torch.tensor(0.25)}))
+        >>> print(out.getvalue(), end="")
+        step 300  val/loss 0.25
+    """
+    if not refresh >= _FASTEST:
+        raise ConfigurationError(f"refresh is at least 0.1 seconds, not {refresh!r}")
+    if not interval > 0:
+        raise ConfigurationError(f"interval is more than 0 seconds, not {interval!r}")
+    if not enabled:
+        return _silent
+    return _Progress(None if metrics is None else [*metrics], refresh, interval, file)
+
+
+def _silent(state: Any, event: Event) -> None:
+    """Show nothing."""
+
+
+class _Progress:
+    """See :func:`progress`."""
+
+    def __init__(
+        self, metrics: list[str] | None, refresh: float, interval: float, file: IO[str] | None
+    ) -> None:
+        self._names, self._file = metrics, file
+        self._refresh, self._interval = refresh, interval
+        self._due = 0.0  # when to show a step next
+        self._last_is_due = 0.0  # when to show the last step of an epoch: a full bar
+        self._bar = False
+        self._console: Any = None
+        self._live: Any = None
+        self._began = self._epoch_began = 0.0
+        self._samples: deque[tuple[float, int]] = deque()  # times and steps, for the rate
+
+    def __call__(self, state: Any, event: Event) -> None:
+        if event.kind != "step":
+            self._tell(state, event)
+            return
+        now = time.monotonic()
+        if now >= self._due or (event.position == event.total and now >= self._last_is_due):
+            self._show(state, event, now)
+
+    def close(self) -> None:
+        self._remove_bar()
+        self._console = None
+
+    # ── Steps ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _show(self, state: Any, event: Event, now: float) -> None:
+        self._start()
+        self._due = now + (self._refresh if self._bar else self._interval)
+        self._last_is_due = now + _FASTEST if self._bar else self._due
+        self._samples.append((now, event.step))
+        while now - self._samples[0][0] > _WINDOW and len(self._samples) > 2:
+            self._samples.popleft()
+        found = scalars(_chosen(step_metrics(state, event), self._names))
+        values, pace = _written(found), self._pace(event)
+        if self._bar:
+            self._draw(event, pace, values)
+        elif pace:
+            self._print("  ".join([f"epoch {event.epoch}", _count(event), *pace, *values]))
+
+    def _draw(self, event: Event, pace: list[str], values: list[str]) -> None:
+        from rich.live import Live
+
+        line = _bar_line(event, pace, values, self._console)
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(line, refresh=True)
+
+    def _pace(self, event: Event) -> list[str]:
+        """The rate and the time left in the epoch, once they are known."""
+        (begin, first), (end, last) = self._samples[0], self._samples[-1]
+        if last == first or end == begin:
+            return []
+        rate = (last - first) / (end - begin)
+        unit = f"{_three_digits(rate)}/s" if rate >= 1 else f"{_three_digits(1 / rate)} s each"
+        if event.total is None:
+            return [unit]
+        return [unit, f"{_duration((event.total - event.position) / rate)} left"]
+
+    # ── Lines ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _tell(self, state: Any, event: Event) -> None:
+        self._start()
+        now, kind, step = time.monotonic(), event.kind, event.step
+        values = _written(scalars(event.metrics))
+        if kind == "fit_start":
+            self._began = self._epoch_began = now
+            if step:
+                self._print(f"going on after step {step}, in epoch {event.epoch}")
+        elif kind == "epoch_start":
+            self._epoch_began = now
+        elif kind == "validation":
+            self._print("  ".join([f"step {step}", *values]))
+        elif kind == "epoch_end":
+            took = _duration(now - self._epoch_began)
+            self._print("  ".join([f"epoch {event.epoch}", f"step {step}", took, *values]))
+            self._epoch_began = now
+        else:
+            self._remove_bar()
+            verb = "stopped by a reducer" if bool(state.stop) else "finished"
+            verb = "interrupted" if kind == "interrupt" else verb
+            self._print(f"{verb} after step {step}, {_duration(now - self._began)}")
+        self._samples.clear()  # a rate over a validation would be none
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def _remove_bar(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _start(self) -> None:
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console(file=self._file)
+            self._bar = self._console.is_terminal and not self._console.is_dumb_terminal
+
+
+def _bar_line(event: Event, pace: list[str], values: list[str], console: Any) -> Any:
+    """One line that fits the terminal: what is left of it goes to the bar."""
+    from rich.text import Text
+
+    parts = [f"epoch {event.epoch}", _count(event), *pace]
+    room = console.width - 1 - sum(len(part) + 2 for part in parts)
+    if event.total is not None:
+        room -= _SMALLEST_BAR
+    shown = []
+    for value in values:
+        name, _, number = value.rpartition(" ")
+        value = f"{name} {number:6}"  # so that the bar keeps its width
+        if len(value) + 2 > room:
+            break
+        shown.append(value)
+        room -= len(value) + 2
+    line = Text(f"{parts[0]}  ", no_wrap=True, overflow="crop")
+    if event.total is not None:
+        width = min(_SMALLEST_BAR + max(room, 0), _LARGEST_BAR)
+        done = width * event.position // max(event.total, 1)
+        full, rest = ("#", "-") if console.options.ascii_only else ("━", "━")
+        line.append(full * done, "green").append(rest * (width - done), "bright_black")
+        line.append("  ")
+    line.append("  ".join(parts[1:]))
+    return line.append("".join(f"  {value}" for value in shown), "cyan")
+
+
+def _count(event: Event) -> str:
+    if event.total is None:
+        return f"{event.position} batches"
+    return f"{event.position:{len(str(event.total))}}/{event.total}"
+
+
+def _chosen(metrics: Mapping[str, Any], names: list[str] | None) -> Mapping[str, Any]:
+    return metrics if names is None else {name: metrics[name] for name in names if name in metrics}
+
+
+def _written(values: Mapping[str, float | int | bool]) -> list[str]:
+    return [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    ]
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits without an exponent."""
+    for unit in ("", "k", "M"):
+        if value < 999.5:
+            return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f}{unit}"
+        value /= 1000
+    return f"{value:.0f}G"
+
+
+def _duration(seconds: float) -> str:
+    """Minutes and seconds, and hours if there are any.
+
+    >>> _duration(7), _duration(3671)
+    ('0:07', '1:01:11')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
