@@ -4,8 +4,74 @@ A run is a fold, ``state' = step(state, batch)``; :class:`TrainState` holds all 
 happens next.
 """
 
-from puretrain import random, tree
+from puretrain import errors, metrics, optim, random, tree
+from puretrain.checkpoint import load, newest, read_index, save, verify
+from puretrain.data import batches
 from puretrain.functional import functional, load_into
+from puretrain.loop import Event, Interrupted, Reducer, Validation, evaluate, fit, predict, prepare
+from puretrain.observers import checkpoints, csv_log, jsonl_log, profiler, progress, tensorboard
+from puretrain.reducers import (
+    averaged,
+    best_k,
+    early_stopping,
+    ema,
+    lr_monitor,
+    nan_guard,
+    reduce_on_plateau,
+    swa,
+)
+from puretrain.run import Run, new_directory
+from puretrain.state import Cursor, TrainState, lease
+from puretrain.step import Aux, eval_step, train_step
 from puretrain.tree import FrozenDict, Record, field
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Aux",
+    "Cursor",
+    "Event",
+    "FrozenDict",
+    "Interrupted",
+    "Record",
+    "Reducer",
+    "Run",
+    "TrainState",
+    "Validation",
+    "averaged",
+    "batches",
+    "best_k",
+    "checkpoints",
+    "csv_log",
+    "early_stopping",
+    "ema",
+    "errors",
+    "eval_step",
+    "evaluate",
+    "field",
+    "fit",
+    "functional",
+    "jsonl_log",
+    "lease",
+    "load",
+    "load_into",
+    "lr_monitor",
+    "metrics",
+    "nan_guard",
+    "new_directory",
+    "newest",
+    "optim",
+    "predict",
+    "prepare",
+    "profiler",
+    "progress",
+    "random",
+    "read_index",
+    "reduce_on_plateau",
+    "save",
+    "swa",
+    "tensorboard",
+    "train_step",
+    "tree",
+    "verify",
+]

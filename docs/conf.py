@@ -1,0 +1,42 @@
+"""Sphinx configuration: Markdown pages, and a reference drawn from the docstrings."""
+
+import puretrain
+
+project = "puretrain"
+author = copyright = "The puretrain developers"
+version = release = puretrain.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"puretrain {release}"
+
+# Each reference page is one automodule; what a page shows is the module's __all__.
+autodoc_default_options = {
+    "members": True,
+    "imported-members": True,
+    "special-members": "__call__",
+    "show-inheritance": True,
+}
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+
+def plain_attribute(app, what, name, obj, options, lines):
+    """Keep napoleon from reading "Note: text" in an attribute's docstring as "type: text"."""
+    if what in ("attribute", "property"):
+        if lines and lines[0].startswith("Alias for field number"):  # a named tuple's filler
+            lines.clear()
+        lines[:0] = ["..", ""]  # an empty comment, so that the first line has no colon
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_attribute, priority=400)  # before napoleon's 500

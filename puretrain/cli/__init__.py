@@ -1,0 +1,65 @@
+"""The command line: ``puretrain fit``, ``inspect``, ``diff`` and ``verify``.
+
+What goes wrong on purpose (a :class:`~puretrain.errors.PuretrainError`) is one line on stderr and
+the exit status 2. An exception of somebody else's code keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from puretrain import __version__
+from puretrain.cli import checkpoints, training
+from puretrain.cli.output import one_line
+from puretrain.errors import PuretrainError
+
+__all__ = ["main"]
+
+_DESCRIPTION = "Train a model as a pure function of one state, and look at the states."
+_EPILOG = """\
+examples:
+  puretrain fit examples/digits.py            train what the file describes
+  puretrain fit examples/digits.py --resume   go on where it stopped
+  puretrain inspect runs/digits               look at its newest checkpoint
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what was typed after ``puretrain``; by default the process's own arguments.
+
+    Returns:
+        The exit status: 0 when all is well, 1 when two checkpoints differ or one is damaged, 2
+        after an error, 130 and 143 when Ctrl-C or SIGTERM ended a run.
+    """
+    parser = argparse.ArgumentParser(
+        "puretrain",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"puretrain {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (*training.add_commands(commands), *checkpoints.add_commands(commands)):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except PuretrainError as error:
+        if options.debug:
+            traceback.print_exc()
+        hint = " (--debug shows where)" if options.foreign_code and not options.debug else ""
+        print(f"puretrain: error: {one_line(error)}{hint}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("puretrain: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        if options.foreign_code:
+            raise
+        traceback.print_exc()  # and not Python's exit status 1, which says something else here
+    return 2

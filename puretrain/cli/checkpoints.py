@@ -1,0 +1,239 @@
+"""``puretrain inspect``, ``diff`` and ``verify``: look at checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puretrain.checkpoint import Entry, Index, load, read_index, verify
+from puretrain.cli.output import (
+    format_bytes,
+    format_number,
+    one_line,
+    printable,
+    write,
+    write_json,
+    write_table,
+)
+from puretrain.errors import CheckpointError
+from puretrain.run import find_checkpoint
+from puretrain.tree import Path as TreePath
+from puretrain.tree import match_paths, path_string, tree_diff, tree_leaves, tree_paths
+
+__all__ = ["add_commands"]
+
+_STATISTICS = ("min", "max", "mean", "norm")
+
+_INSPECT = """\
+List what is in a checkpoint: the path, dtype, shape and size of every leaf. Reads only the index,
+unless --stats asks for the values. For a directory, its newest good checkpoint is shown.
+"""
+_INSPECT_EXAMPLES = """\
+examples:
+  puretrain inspect runs/digits
+  puretrain inspect runs/digits --only 'params/**' --stats
+  puretrain inspect runs/digits --json | jq '.leaves[].path'
+"""
+_DIFF = """\
+Compare two checkpoints bit for bit. Prints a line per leaf that differs: how, the largest absolute
+difference, the largest distance in units in the last place (ulps), and how many elements differ.
+"""
+_DIFF_EXAMPLES = """\
+example:
+  puretrain diff runs/a/step-00000100.ckpt runs/b/step-00000100.ckpt --only 'params/**'
+
+exit status: 0 if they are identical, 1 if they differ, 2 after an error
+"""
+_VERIFY = """\
+Read checkpoints whole and check every byte against its checksum. In a directory, every checkpoint
+in it and below is checked.
+"""
+_VERIFY_EXAMPLES = """\
+examples:
+  puretrain verify runs/digits/step-00000100.ckpt
+  puretrain verify runs
+
+exit status: 0 if all are good, 1 if one is damaged, 2 after an error
+"""
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser."""
+
+    def add(name: str, function: Any, summary: str, description: str, epilog: str) -> Any:
+        parser = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(run=function, foreign_code=False)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        return parser
+
+    inspect = add("inspect", _inspect, "list what is in a checkpoint", _INSPECT, _INSPECT_EXAMPLES)
+    inspect.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a directory of such")
+    inspect.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
+    inspect.add_argument("--stats", action="store_true", help="minimum, maximum, mean and norm")
+    diff = add("diff", _diff, "compare two checkpoints bit for bit", _DIFF, _DIFF_EXAMPLES)
+    diff.add_argument("a", metavar="A", help="a checkpoint, or a directory: its newest good one")
+    diff.add_argument("b", metavar="B", help="another")
+    diff.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
+    check = add("verify", _verify, "check that checkpoints are whole", _VERIFY, _VERIFY_EXAMPLES)
+    check.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a checkpoint or a directory")
+    return [inspect, diff, check]
+
+
+def _checkpoint(name: str) -> Path:
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    found = find_checkpoint(path).path
+    if found is None:
+        raise CheckpointError(f"{path} is a directory without a good checkpoint; name a file")
+    return found
+
+
+# ── inspect ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    path = _checkpoint(options.checkpoint)
+    index = read_index(path)
+    entries = index.leaves
+    if options.only is not None:
+        wanted = set(match_paths(options.only, [entry.path for entry in entries]))
+        entries = tuple(entry for entry in entries if entry.path in wanted)
+    statistics = _statistics(path, options.only) if options.stats else {}
+    leaves = [{**_describe(entry, index), **statistics.get(entry.path, {})} for entry in entries]
+    total = {
+        "leaves": len(leaves),
+        "elements": sum(leaf["elements"] for leaf in leaves),
+        "bytes": sum(leaf["bytes"] for leaf in leaves),
+    }
+    if options.json:
+        about = {"path": path, "version": index.version, "writer": dict(index.writer)}
+        write_json({**about, "metadata": dict(index.metadata), "total": total, "leaves": leaves})
+        return 0
+    write(printable(str(path)))
+    written = ", ".join(f"{key} {value}" for key, value in index.writer.items())
+    write(printable(f"format {index.version}, {written}"))
+    for key, value in index.metadata.items():
+        write(printable(f"{key}: {value}"))
+    names = _STATISTICS if options.stats else ()
+    write("")
+    write_table(
+        ["path", "dtype", "shape", "size", *names],
+        [
+            (
+                leaf["path"],
+                leaf["dtype"],
+                ",".join(map(str, leaf["shape"])) or format_number(leaf.get("value")),
+                "tied" if "tied_to" in leaf else format_bytes(leaf["bytes"]),
+                *(format_number(leaf.get(name)) for name in names),
+            )
+            for leaf in leaves
+        ],
+        right=["size", *names],
+    )
+    count = "1 leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
+    write(f"\n{count}, {total['elements']:,} elements, {format_bytes(total['bytes'])}")
+    return 0
+
+
+def _describe(entry: Entry, index: Index) -> dict[str, Any]:
+    stored = entry if entry.tied_to is None else index.entries[entry.tied_to]
+    described: dict[str, Any] = {
+        "path": path_string(entry.path),
+        "dtype": stored.dtype,
+        "shape": list(stored.shape),
+        "elements": math.prod(entry.shape) if entry.kind == "tensor" else 0,
+        "bytes": entry.nbytes,
+    }
+    if entry.value is not None:
+        described["value"] = entry.value
+    if entry.tied_to is not None:
+        described["tied_to"] = path_string(stored.path)
+    return described
+
+
+def _statistics(path: Path, only: str | None) -> dict[TreePath, dict[str, float]]:
+    """Smallest, largest, mean and Euclidean norm of the numeric leaves, in float64."""
+    tree = load(path, only=only, mmap=True)
+    found = {}
+    for place, leaf in zip(tree_paths(tree), tree_leaves(tree), strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.numel() or leaf.is_complex():
+            continue
+        values = leaf.to(torch.float64)
+        numbers = (values.min(), values.max(), values.mean(), values.norm())
+        found[tuple(map(str, place))] = dict(zip(_STATISTICS, map(float, numbers), strict=True))
+    return found
+
+
+# ── diff ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _diff(options: argparse.Namespace) -> int:
+    a, b = (_checkpoint(name) for name in (options.a, options.b))
+    found = tree_diff(load(a, only=options.only), load(b, only=options.only))
+    if options.json:
+        differences = [{name: getattr(leaf, name) for name in leaf._names} for leaf in found]
+        write_json({"a": a, "b": b, "identical": not found, "differences": differences})
+    elif found:
+        write_table(
+            ["path", "kind", "leaf", "max abs", "ulps", "count"],
+            [
+                (
+                    leaf.path,
+                    leaf.kind,
+                    leaf.a if leaf.a == leaf.b else f"{leaf.a} -> {leaf.b}",
+                    format_number(leaf.max_abs),
+                    format_number(leaf.max_ulps),
+                    format_number(leaf.count),
+                )
+                for leaf in found
+            ],
+            right=["max abs", "ulps", "count"],
+        )
+        write(f"{len(found)} {'leaf differs' if len(found) == 1 else 'leaves differ'}")
+    else:
+        write("identical")
+    return 1 if found else 0
+
+
+# ── verify ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _verify(options: argparse.Namespace) -> int:
+    results: list[tuple[Path, str | None]] = []
+    for path in _files(options.checkpoints):
+        try:
+            verify(path)
+            results.append((path, None))
+        except CheckpointError as error:
+            results.append((path, one_line(error)))
+        if not options.json:  # reading gigabytes takes a while: show each when it is known
+            reason = results[-1][1]
+            write(printable(f"ok       {path}" if reason is None else f"DAMAGED  {reason}"))
+    if options.json:
+        write_json([{"path": path, "ok": not why, "reason": why} for path, why in results])
+    return 1 if any(why for _, why in results) else 0
+
+
+def _files(names: Iterable[str]) -> Iterator[Path]:
+    for name in names:
+        path = Path(name)
+        if not path.is_dir():
+            yield path
+            continue
+        files = sorted(path.rglob("*.ckpt"))
+        if not files:
+            raise CheckpointError(f"there is no checkpoint (*.ckpt) in the directory {name}")
+        yield from files

@@ -1,0 +1,308 @@
+"""``puretrain fit``: run what a Python file describes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import inspect
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from puretrain.checkpoint import load, save
+from puretrain.cli.output import format_number, one_line, printable, write, write_json
+from puretrain.errors import ConfigurationError
+from puretrain.loop import Event, Interrupted
+from puretrain.metrics import compute_all
+from puretrain.run import Found, Run, find_checkpoint
+from puretrain.state import TrainState
+from puretrain.tree import tree_digest
+
+__all__ = ["add_commands"]
+
+_FIT = """\
+Train what a Python file describes. The file makes a puretrain.Run: either a variable that is one,
+or a function that returns one and can be called without arguments. `FILE:NAME` says which; without
+a name it is `run`, or else the file's only variable that is a Run.
+
+An option that the function has a parameter for (--directory, --seed, --epochs, --steps, and any
+with --set) is passed to it. --epochs and --steps replace the run's own otherwise.
+"""
+_FIT_EXAMPLES = """\
+examples:
+  puretrain fit examples/digits.py
+  puretrain fit examples/digits.py --directory runs/slow --set lr=1e-4
+  puretrain fit examples/digits.py --directory runs/slow --set lr=1e-4 --resume
+
+exit status: 0 at the end of the run, 2 after an error, 130 after Ctrl-C and 143 after SIGTERM; the
+state is saved then, and --resume goes on from it.
+"""
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "fit",
+        help="train what a Python file describes",
+        description=_FIT,
+        epilog=_FIT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_fit, foreign_code=True)
+    parser.add_argument("target", metavar="FILE[:NAME]", help="the Python file, and what in it")
+    parser.add_argument("--epochs", type=int, metavar="N", help="end after N epochs in all")
+    parser.add_argument("--steps", type=int, metavar="N", help="end after N steps in all")
+    parser.add_argument("--directory", metavar="DIR", help="keep logs and checkpoints there")
+    parser.add_argument("--seed", type=int, metavar="N", help="the seed of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="pass an argument to the function; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CKPT",
+        help="go on from this checkpoint, or the newest good one of this or the run's directory",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return [parser]
+
+
+def _fit(options: argparse.Namespace) -> int:
+    # The user's file and the observers may print; with --json only the result goes to stdout.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        run = _load_run(options)
+        last: dict[str, Any] = {}
+
+        def remember(state: Any, event: Event) -> None:
+            if event.kind in ("validation", "epoch_end"):
+                last.update(event.metrics)
+
+        run = run._replace(observers=(*run.observers, remember))
+        resume = _resume_from(run, options.resume)
+        try:
+            state, signal_number = run.fit(resume), 0
+        except Interrupted as interrupted:
+            state, signal_number = interrupted.state, interrupted.signal_number
+    result = {
+        "step": int(state.step),
+        "epoch": int(state.cursor.epoch),
+        "metrics": {
+            name: value.tolist() for name, value in {**compute_all(state.metrics), **last}.items()
+        },
+        "digest": tree_digest(state),
+        "checkpoint": _newest_or_saved(run, state, save_it=signal_number != 0),
+        "resume": _resume_command(options, further=signal_number == 0),
+    }
+    if signal_number:
+        _report_interrupt(signal_number, result)
+        return 128 + signal_number
+    if options.json:
+        write_json(result)
+    else:
+        _report(result)
+    return 0
+
+
+def _newest_or_saved(run: Run, state: TrainState, *, save_it: bool) -> str | None:
+    """The newest checkpoint of the run; after an interrupt one of the very last state."""
+    if run.directory is None:
+        return None
+    newest = find_checkpoint(run.directory).path
+    if save_it and (newest is None or int(load(newest, only="step")["step"]) != int(state.step)):
+        # The run has no observer that saves on an interrupt.
+        newest = Path(run.directory) / f"step-{int(state.step):08}.ckpt"
+        save(newest, state)
+    return None if newest is None else str(newest)
+
+
+def _report(result: Mapping[str, Any]) -> None:
+    metrics = "  ".join(
+        f"{name} {format_number(value)}"
+        for name, value in result["metrics"].items()
+        if not isinstance(value, list)  # a confusion matrix, or a member each of an ensemble
+    )
+    write(f"step {result['step']}, epoch {result['epoch']}: {metrics}")
+    write(f"state       {result['digest']}")
+    if result["checkpoint"] is None:
+        write("checkpoint  none: the run has no observer that writes one to its directory")
+        return
+    write(f"checkpoint  {result['checkpoint']}")
+    write(f"inspect     puretrain inspect {shlex.quote(result['checkpoint'])}")
+    write(f"go on       {result['resume']}")
+
+
+def _report_interrupt(signal_number: int, result: Mapping[str, Any]) -> None:
+    name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
+    ending = f"{name} after step {result['step']}"
+    if result["checkpoint"] is None:
+        _note(f"{ending}; not saved, as the run has no directory (give --directory DIR)")
+    else:
+        _note(f"{ending}; saved in {result['checkpoint']}; go on with: {result['resume']}")
+
+
+def _resume_command(options: argparse.Namespace, *, further: bool) -> str:
+    """The command that goes on with this run; with ``further`` beyond where it was to end."""
+    words = ["puretrain", "fit", options.target]
+    for option in ("directory", "seed", "epochs", "steps"):
+        value = getattr(options, option)
+        if value is not None and not (further and option in ("epochs", "steps")):
+            words += [f"--{option}", str(value)]
+    words += [word for assignment in options.set for word in ("--set", assignment)]
+    return shlex.join([*words, "--resume"]) + (" --epochs N" if further else "")
+
+
+# ── The file ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _load_run(options: argparse.Namespace) -> Run:
+    path, name = _split_target(options.target)
+    made = _find(_execute(path), name, path)
+    given: dict[str, Any] = dict(map(_split_assignment, options.set))
+    for option in ("directory", "seed", "epochs", "steps"):
+        if getattr(options, option) is not None:
+            given[option] = getattr(options, option)
+    parameters: Mapping[str, inspect.Parameter] = {}
+    if not isinstance(made, Run):
+        parameters = inspect.signature(made).parameters
+        made = _call(made, {key: given.pop(key) for key in [*given] if key in parameters}, path)
+    fields: dict[str, Any] = {key: given.pop(key) for key in ("epochs", "steps") if key in given}
+    if given:
+        raise ConfigurationError(
+            f"{path} can't take {', '.join(given)}: give its function a parameter of that name "
+            f"(it has: {', '.join(parameters) or 'none'})"
+        )
+    return made._replace(**fields)
+
+
+def _split_target(target: str) -> tuple[Path, str | None]:
+    file, colon, name = target.rpartition(":")
+    if colon and name.isidentifier() and not os.path.exists(target):
+        return _existing_file(file), name
+    return _existing_file(target), None
+
+
+def _existing_file(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigurationError(f"there is no file {name!r}; give a Python file that makes a Run")
+    return path
+
+
+def _execute(path: Path) -> ModuleType:
+    """Execute a file as a module; workers import it by its name to unpickle what it defines."""
+    sys.path.insert(0, str(path.resolve().parent))
+    name = path.stem
+    if name in sys.modules:
+        name = f"puretrain_{name}"
+    loader = SourceFileLoader(name, str(path))
+    module = ModuleType(name)
+    module.__file__, module.__loader__ = str(path), loader
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module
+
+
+def _find(module: ModuleType, name: str | None, path: Path) -> Any:
+    if name is None and not hasattr(module, "run"):
+        runs = [key for key, value in vars(module).items() if isinstance(value, Run)]
+        if len(runs) != 1:
+            raise ConfigurationError(
+                f"{path} has no `run`, and {len(runs)} variables that are a Run: write a function "
+                "`run()` that returns a puretrain.Run, or name another as FILE:NAME"
+            )
+        name = runs[0]
+    name = name or "run"
+    found = getattr(module, name, None)
+    if not (isinstance(found, Run) or callable(found)):
+        what = "has no" if found is None else f"has a {type(found).__name__} as"
+        raise ConfigurationError(
+            f"{path} {what} {name!r}; that must be a puretrain.Run or a function that returns one"
+        )
+    return found
+
+
+def _call(function: Any, arguments: dict[str, Any], path: Path) -> Run:
+    where = f"{function.__name__}() of {path}"
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
+        if key in arguments:
+            arguments[key] = _convert(key, arguments[key], parameter.default)
+        elif parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            raise ConfigurationError(f"{where} needs a value for {key}: give --set {key}=VALUE")
+    made = function(**arguments)
+    if not isinstance(made, Run):
+        raise ConfigurationError(
+            f"{where} returned a {type(made).__name__}; it must return a puretrain.Run"
+        )
+    return made
+
+
+def _split_assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigurationError(f"--set takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
+def _convert(name: str, text: Any, default: Any) -> Any:
+    """Read a value in the type of the parameter's default."""
+    if not isinstance(text, str) or isinstance(default, (str, os.PathLike)):
+        return text
+    value: Any = text
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, (bool, int, float)) and type(value) is not type(default):
+        raise ConfigurationError(f"{name} is of type {type(default).__name__}, not {text!r}")
+    return value
+
+
+# ── Resuming ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _resume_from(run: Run, resume: bool | str) -> Path | bool:
+    """What to resume from; says so, on stderr."""
+    if resume is False:
+        if run.directory is not None and (found := find_checkpoint(run.directory)).path is not None:
+            raise ConfigurationError(
+                f"{os.fspath(run.directory)} has the checkpoints of an earlier run (the newest is "
+                f"{found.path.name}): go on with --resume, or begin elsewhere with --directory DIR"
+            )
+        return False
+    place = run.directory if resume is True else resume
+    if place is None:
+        raise ConfigurationError(
+            "the run has no directory to look for checkpoints in: give --directory DIR or "
+            "--resume CKPT"
+        )
+    found = Found(Path(place), ()) if Path(place).is_file() else find_checkpoint(place)
+    for path, error in found.damaged:
+        _note(f"skipped the damaged {path}: {one_line(error)}")
+    if found.path is not None:
+        _note(f"resuming from {found.path}")
+        return found.path
+    if resume is True:
+        _note(f"no good checkpoint in {os.fspath(place)}: beginning anew")
+        return False
+    raise ConfigurationError(f"--resume {resume}: no such file, nor a good checkpoint in there")
+
+
+def _note(text: str) -> None:
+    print(f"puretrain: {printable(text)}", file=sys.stderr, flush=True)

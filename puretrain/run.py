@@ -1,0 +1,163 @@
+"""A run as a value: what is trained on what, for how long, watched by whom, and kept where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puretrain.checkpoint import load, verify
+from puretrain.errors import CheckpointError, ConfigurationError
+from puretrain.loop import Event, Observer, Reducer, Validation, fit, prepare
+from puretrain.state import TrainState
+from puretrain.step import Step
+
+__all__ = ["Found", "Run", "find_checkpoint", "new_directory"]
+
+
+class Run(NamedTuple):
+    """The arguments of :func:`puretrain.fit` as one value, and the directory that keeps the run.
+
+    A Python file that makes one is what ``puretrain fit FILE`` runs. Change a field with
+    ``run._replace(epochs=20)``.
+
+    Example:
+        >>> import torch, puretrain as pt
+        >>> def make() -> Run:
+        ...     optimizer = pt.optim.sgd(lr=0.5)
+        ...     return Run(
+        ...         state=pt.TrainState.create({"w": torch.zeros(4)}, None, optimizer,
+        ...                                    key=pt.random.key(0)),
+        ...         step=pt.train_step(lambda p, b, x, key: ((x - p["w"]) ** 2).sum(), optimizer),
+        ...         batches=pt.batches(torch.ones(8, 4), batch_size=1),
+        ...         epochs=1)
+        >>> make().fit().params["w"]
+        tensor([1., 1., 1., 1.])
+    """
+
+    state: TrainState
+    """Where the run begins."""
+    step: Step
+    """``step(state, batch) -> state``, made by :func:`puretrain.train_step`."""
+    batches: Any
+    """The data, made by :func:`puretrain.batches`, or an iterable of ready batches."""
+    epochs: int | None = None
+    """End after so many epochs, counted from the beginning of the run."""
+    steps: int | None = None
+    """End after so many steps, counted from the beginning of the run."""
+    reducers: Sequence[Reducer | Callable[[Any, Event], Any]] = ()
+    """Pure callbacks."""
+    observers: Sequence[Observer] = ()
+    """Callbacks with effects. One that writes checkpoints writes them to ``directory``."""
+    validation: Validation | None = None
+    """What to validate on, and when."""
+    directory: str | os.PathLike[str] | None = None
+    """Where the checkpoints of the run are; needed to resume it."""
+
+    def fit(self, resume: bool | str | os.PathLike[str] = False) -> TrainState:
+        """Train to the end, from the beginning or from a checkpoint.
+
+        Args:
+            resume: False begins anew. True goes on from the newest good checkpoint in the run's
+                directory, or begins if there is none. A path goes on from that checkpoint, or from
+                the newest good one in that directory, and it is an error if there is none.
+
+        Returns:
+            The last state.
+
+        Raises:
+            CheckpointError: the checkpoint asked for is damaged, is missing, or does not fit.
+            ConfigurationError: the run is to begin in a directory that has checkpoints already;
+                a later resume could not tell the two runs apart.
+            Interrupted: Ctrl-C or SIGTERM came; see :func:`puretrain.fit`.
+        """
+        run = self.resumed(resume)
+        return fit(
+            run.state,
+            run.step,
+            run.batches,
+            epochs=run.epochs,
+            steps=run.steps,
+            reducers=run.reducers,
+            observers=run.observers,
+            validation=run.validation,
+        )
+
+    def resumed(self, resume: bool | str | os.PathLike[str] = True) -> Run:
+        """The same run with the state of a checkpoint; arguments and errors as for :meth:`fit`."""
+        if not isinstance(resume, bool):
+            return self._from(_existing(Path(resume)))
+        if self.directory is None:
+            if resume:
+                raise ConfigurationError(
+                    "the run has no directory to look for checkpoints in: give Run(directory=…), "
+                    "or the path of a checkpoint to resume from"
+                )
+            return self
+        found = find_checkpoint(self.directory)
+        if resume:
+            return self if found.path is None else self._from(found.path)
+        if found.path is not None:
+            raise ConfigurationError(
+                f"{os.fspath(self.directory)} has the checkpoints of an earlier run (the newest is "
+                f"{found.path.name}): resume it, or begin in another directory"
+            )
+        return self
+
+    def _from(self, path: Path) -> Run:
+        return self._replace(state=load(path, like=prepare(self.state, self.reducers)))
+
+
+class Found(NamedTuple):
+    """What :func:`find_checkpoint` found."""
+
+    path: Path | None
+    """The newest checkpoint that is whole, if there is one."""
+    damaged: tuple[tuple[Path, CheckpointError], ...]
+    """The newer ones that are damaged, and what is wrong with each."""
+
+
+def find_checkpoint(directory: str | os.PathLike[str]) -> Found:
+    """Look for the newest checkpoint in a directory that is whole, from the newest down."""
+    damaged = []
+    for path in checkpoint_files(directory):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append((path, error))
+        else:
+            return Found(path, tuple(damaged))
+    return Found(None, tuple(damaged))
+
+
+def checkpoint_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The files in a directory that are named as checkpoints, the newest (largest step) first."""
+    return sorted(Path(directory).glob("*.ckpt"), reverse=True)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = find_checkpoint(path).path
+    if found is None:
+        raise CheckpointError(f"{path} is a directory without a good checkpoint; name a file")
+    return found
+
+
+def new_directory(path: str | os.PathLike[str]) -> Path:
+    """The path itself if nothing is there yet, or else the first of ``path-2``, ``path-3``, ….
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     _ = Path(place, "digits").mkdir()
+    ...     _ = Path(place, "digits", "log").write_text("…")
+    ...     new_directory(f"{place}/digits").name, new_directory(f"{place}/other").name
+    ('digits-2', 'other')
+    """
+    path, number = Path(path), 1
+    candidate = path
+    while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
