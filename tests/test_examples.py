@@ -1,0 +1,82 @@
+"""The examples, run as a reader runs them, only shorter."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import puretrain as pt
+from puretrain.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(name, *options):
+    return subprocess.Popen(
+        [sys.executable, f"examples/{name}.py", *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def output(process, status=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    return out
+
+
+def found(pattern, text):
+    return re.search(pattern, text)[1]
+
+
+def test_digits_learns_and_resumes_after_ctrl_c(tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    first = start("digits", "--epochs", 6, "--directory", stopped)
+    while not list(stopped.glob("*.ckpt")):  # it writes one in the third epoch
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    output(first, status=130)
+    second = start("digits", "--epochs", 6, "--directory", straight)
+    resumed = output(start("digits", "--epochs", 6, "--directory", stopped, "--resume"))
+    out = output(second)
+    assert float(found(r"test accuracy +([0-9.]+)%", out)) >= 97
+    assert found(r"state +(\w{32})", out) == found(r"state +(\w{32})", resumed)
+    assert list(straight.glob("events.out.tfevents.*"))
+
+
+def test_digits_runs_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert (
+        main(["fit", str(ROOT / "examples/digits.py"), "--epochs=1", f"--directory={tmp_path}"])
+        == 0
+    )
+    assert re.search(r"step 24, epoch 1: .*val/accuracy", capsys.readouterr().out)
+    sys.modules.pop("digits")
+
+
+def test_char_lm_learns_and_resumes(tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    first = start("char_lm", "--steps", 10, "--directory", stopped)
+    second = start("char_lm", "--steps", 25, "--directory", straight)
+    bits = float(found(r"([0-9.]+) bits per byte", output(first)))
+    resumed = output(start("char_lm", "--steps", 25, "--directory", stopped, "--resume"))
+    out = output(second)
+    assert found(r"state (\w{32})", out) == found(r"state (\w{32})", resumed)
+    # Uniform guessing takes 8 bits, and knowing how often each byte occurs 4.9.
+    assert 3 < float(found(r"([0-9.]+) bits per byte", out)) < bits < 8
+    params = pt.load(pt.newest(straight), only="params/**")["params"]
+    assert params["embedding.weight"].shape == (256, 128)
+    assert "head.weight" not in params  # it is tied to the embedding
+
+
+def test_raw_step_learns_and_is_thirty_lines():
+    assert len((ROOT / "examples/raw_step.py").read_text().splitlines()) <= 30
+    out = output(start("raw_step"))
+    assert float(found(r"test accuracy ([0-9.]+)%", out)) > 93
