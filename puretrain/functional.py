@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -99,6 +98,7 @@ def functional(module: nn.Module) -> Functional:
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
     names = frozenset(slot.path for slot in slots)
+    changing = [slot.path for slot in slots if slot.mutable]
 
     def apply(
         params: Mapping[str, Tensor],
@@ -109,19 +109,24 @@ def functional(module: nn.Module) -> Functional:
         train: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, FrozenDict[Tensor]]:
-        given = {**buffers, **params}
+        if key is not None:
+            with random.scope(key):
+                return apply(params, buffers, *args, train=train, **kwargs)
+        given = _plain(buffers) | _plain(params)
         if given.keys() != names:
             _raise_mismatch(type(module).__name__, names, given)
-        for slot in slots:
-            if slot.mutable:
-                given[slot.path] = given[slot.path].clone()
-        with nullcontext() if key is None else random.scope(key), _modes(modes, train):
+        for path in changing:
+            given[path] = given[path].clone()
+        changed = _set_modes(modes, train)
+        try:
             if torch.compiler.is_compiling():
                 # the compiler knows this function, and can't follow changes to a module's dicts
                 output = torch.func.functional_call(module, given, args, kwargs)
             else:
-                with _swapped(slots, recurrent, given):
-                    output = module(*args, **kwargs)
+                output = _call_with(module, slots, recurrent, given, args, kwargs)
+        finally:
+            for submodule in changed:
+                submodule.training = not submodule.training
         return output, FrozenDict({name: given[name] for name in buffers})
 
     return Functional(apply, FrozenDict(params), FrozenDict(buffers))
@@ -145,11 +150,15 @@ def _find_slots(module: nn.Module) -> Iterator[_Slot]:
                 yield _Slot(store, name, first_name.setdefault(id(tensor), path), mutable)
 
 
-@contextmanager
-def _swapped(
-    slots: list[_Slot], recurrent: list[nn.RNNBase], given: dict[str, Tensor]
-) -> Iterator[None]:
-    """Put tensors in the slots; note in ``given`` what the slots hold at the end; restore them."""
+def _call_with(
+    module: nn.Module,
+    slots: list[_Slot],
+    recurrent: list[nn.RNNBase],
+    given: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a module with tensors in its slots; note in ``given`` what those hold at the end."""
     own = [slot.store[slot.name] for slot in slots]
     flat_weights = [rnn._flat_weights for rnn in recurrent]
     try:
@@ -157,10 +166,11 @@ def _swapped(
             slot.store[slot.name] = given[slot.path]
         for rnn in recurrent:  # these keep a second list of their parameters
             rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
-        yield
+        output = module(*args, **kwargs)
         for slot in slots:
             if slot.mutable:
                 given[slot.path] = slot.store[slot.name]
+        return output
     finally:
         for slot, tensor in zip(slots, own, strict=True):
             slot.store[slot.name] = tensor
@@ -168,20 +178,21 @@ def _swapped(
             rnn._flat_weights = weights
 
 
-@contextmanager
-def _modes(modes: list[tuple[nn.Module, bool]], train: bool | None) -> Iterator[None]:
-    """Put submodules in the modes noted for them, or all in one; restore them at the end."""
-    changed = []
-    try:
-        for submodule, noted in modes:
-            wanted = noted if train is None else train
-            if submodule.training is not wanted:
-                submodule.training = wanted
-                changed.append(submodule)
-        yield
-    finally:
-        for submodule in changed:
-            submodule.training = not submodule.training
+def _set_modes(modes: list[tuple[nn.Module, bool]], train: bool | None) -> list[nn.Module]:
+    """Put submodules in the modes noted for them, or all in one; returns those that changed."""
+    changed = [
+        submodule
+        for submodule, noted in modes
+        if submodule.training is not (noted if train is None else train)
+    ]
+    for submodule in changed:
+        submodule.training = not submodule.training
+    return changed
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # The dict inside of a frozen dict is many times quicker to copy than a mapping in general.
+    return tensors._items if isinstance(tensors, FrozenDict) else dict(tensors)
 
 
 def _raise_mismatch(name: str, expected: frozenset[str], given: Mapping[str, Any]) -> None:
