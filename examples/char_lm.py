@@ -10,7 +10,6 @@ places. It is one leaf of the state, with one gradient and one optimizer state.
 
 import argparse
 import math
-import shlex
 import sys
 import sysconfig
 import time
@@ -157,11 +156,9 @@ def main():
     print(f"\nIt writes:\n\n{write(state)}\n")
     print(f"{metrics['bits_per_byte']:.3f} bits per byte on text that it has not seen")
     print(f"{int(state.step)} steps in {seconds:.0f} s; state {pt.tree.tree_digest(state)}")
-    place = shlex.quote(str(directory))
-    print(f"logs      tensorboard --logdir {place}")
-    print(
-        f"go on     python {sys.argv[0]} --directory {place} --resume --steps {2 * options.steps}"
-    )
+    further = ["--directory", directory, "--resume", "--steps", str(2 * options.steps)]
+    print(f"logs      {pt.command_line('tensorboard', '--logdir', directory)}")
+    print(f"go on     {pt.command_line('python', sys.argv[0], *further)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The images are real: 1797 digits of 8x8 pixels that 43 people wrote (E. Alpaydin
 """
 
 import argparse
-import shlex
 import sys
 import time
 
@@ -100,14 +99,13 @@ def main():
     _, _, test = data()
     metrics = pt.evaluate(state, this.validation.step, pt.batches(test, 360))
 
-    place = shlex.quote(str(directory))
-    again = f"python {sys.argv[0]} --directory {place} --resume --epochs {2 * options.epochs}"
+    further = ["--directory", directory, "--resume", "--epochs", str(2 * options.epochs)]
     print(f"\ntest accuracy  {metrics['accuracy']:.2%} of 360 images that it has not seen")
     print(f"trained        {int(state.step)} steps in {seconds:.0f} s")
     print(f"state          {pt.tree.tree_digest(state)}")
-    print(f"logs           tensorboard --logdir {place}")
-    print(f"checkpoints    puretrain inspect {place}")
-    print(f"go on          {again}")
+    print(f"logs           {pt.command_line('tensorboard', '--logdir', directory)}")
+    print(f"checkpoints    {pt.command_line('puretrain', 'inspect', directory)}")
+    print(f"go on          {pt.command_line('python', sys.argv[0], *further)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from puretrain.reducers import (
     reduce_on_plateau,
     swa,
 )
-from puretrain.run import Run, new_directory
+from puretrain.run import Run, command_line, new_directory
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import Aux, eval_step, train_step
 from puretrain.tree import FrozenDict, Record, field
@@ -42,6 +42,7 @@ __all__ = [
     "batches",
     "best_k",
     "checkpoints",
+    "command_line",
     "csv_log",
     "early_stopping",
     "ema",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +16,7 @@ from puretrain.loop import Event, Observer, Reducer, Validation, fit, prepare
 from puretrain.state import TrainState
 from puretrain.step import Step
 
-__all__ = ["Found", "Run", "find_checkpoint", "new_directory"]
+__all__ = ["Found", "Run", "command_line", "find_checkpoint", "new_directory"]
 
 
 class Run(NamedTuple):
@@ -161,3 +164,26 @@ def new_directory(path: str | os.PathLike[str]) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def command_line(program: str, *arguments: str | os.PathLike[str]) -> str:
+    """What to type in a shell, here and now, to run a program of this Python environment.
+
+    The program goes by its name where the shell finds the one of this environment, and otherwise by
+    its path, so that the advice that a run prints at its end works as it stands.
+
+    Args:
+        program: ``"python"``, ``"puretrain"``, ``"tensorboard"``, ….
+        *arguments: its arguments, not yet quoted.
+
+    >>> command_line("python", "a file.py", "--resume").endswith("python 'a file.py' --resume")
+    True
+    """
+    folder = os.path.dirname(os.path.abspath(sys.executable))
+    found = shutil.which(program)
+    if found is None or os.path.dirname(os.path.abspath(found)) != folder:
+        beside = shutil.which(program, path=folder)
+        if beside is not None:
+            near = os.path.relpath(beside)
+            program = beside if near.startswith(os.pardir) else near
+    return shlex.join([program, *map(os.fspath, arguments)])

@@ -232,9 +232,8 @@ def run():
     saved = pt.newest("runs/toy")
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.count("\n") == 1
-    assert f"after step 4; saved in {saved}; go on with: puretrain fit stopped.py --resume" in (
-        done.stderr
-    )
+    again = pt.command_line("puretrain", "fit", "stopped.py", "--resume")
+    assert f"after step 4; saved in {saved}; go on with: {again}" in done.stderr
     assert int(pt.load(saved, only="step")["step"]) == 4
     resumed = command("--resume", "--json")
     assert json.loads(resumed.stdout)["digest"] == expected_digest()

@@ -7,7 +7,6 @@ import ast
 import contextlib
 import inspect
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from puretrain.cli.output import format_number, one_line, printable, write, writ
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Interrupted
 from puretrain.metrics import compute_all
-from puretrain.run import Found, Run, find_checkpoint
+from puretrain.run import Found, Run, command_line, find_checkpoint
 from puretrain.state import TrainState
 from puretrain.tree import tree_digest
 
@@ -140,7 +139,7 @@ def _report(result: Mapping[str, Any]) -> None:
         write("checkpoint  none: the run has no observer that writes one to its directory")
         return
     write(f"checkpoint  {result['checkpoint']}")
-    write(f"inspect     puretrain inspect {shlex.quote(result['checkpoint'])}")
+    write(f"inspect     {command_line('puretrain', 'inspect', result['checkpoint'])}")
     write(f"go on       {result['resume']}")
 
 
@@ -155,13 +154,13 @@ def _report_interrupt(signal_number: int, result: Mapping[str, Any]) -> None:
 
 def _resume_command(options: argparse.Namespace, *, further: bool) -> str:
     """The command that goes on with this run; with ``further`` beyond where it was to end."""
-    words = ["puretrain", "fit", options.target]
+    words = ["fit", options.target]
     for option in ("directory", "seed", "epochs", "steps"):
         value = getattr(options, option)
         if value is not None and not (further and option in ("epochs", "steps")):
             words += [f"--{option}", str(value)]
     words += [word for assignment in options.set for word in ("--set", assignment)]
-    return shlex.join([*words, "--resume"]) + (" --epochs N" if further else "")
+    return command_line("puretrain", *words, "--resume") + (" --epochs N" if further else "")
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────
