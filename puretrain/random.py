@@ -9,9 +9,9 @@ Keys live on the CPU: deriving one never waits for an accelerator.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -76,6 +76,27 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     return torch.stack(words, dim=-1)
 
 
+def step_key(key: Tensor, step: int) -> Tensor:
+    """The same as ``fold_in(key, step)``, for one step after the other of a run.
+
+    It computes the keys of some steps together and remembers them, which makes each cheaper.
+    """
+    high, low = key.tolist()
+    keys: tuple[Tensor, ...] = _block(high, low, step // _BLOCK)
+    found = keys[step % _BLOCK]
+    # A loss that changes its key in place must not change that of a later run of the same step.
+    return found if found._version == 0 else fold_in(key, step)
+
+
+_BLOCK = 512
+
+
+@functools.lru_cache(maxsize=4)
+def _block(high: int, low: int, number: int) -> tuple[Tensor, ...]:
+    steps = torch.arange(number * _BLOCK, (number + 1) * _BLOCK)
+    return fold_in(torch.tensor([high, low]), steps).unbind()
+
+
 def split(key: Tensor, number: int = 2) -> Tensor:
     """Derive several independent keys from one.
 
@@ -106,13 +127,12 @@ def stream(key: Tensor, name: str) -> Tensor:
     return fold_in(key, zlib.crc32(name.encode()))
 
 
-@contextmanager
-def scope(key: Tensor) -> Iterator[None]:
+class scope:  # noqa: N801  # to its callers a function; a class is the quickest context manager
     """Seed torch's global generators from a key, and put them back at the end, come what may.
 
-    Everything that draws inside (dropout, ``torch.randn``) becomes a function of the key. Covers the
-    CPU's generator and those of all CUDA devices, if CUDA is in use. The CPU's generator keeps 32
-    bits of a seed, so two keys out of a million may give the same stream.
+    Everything that draws inside (dropout, ``torch.randn``) becomes a function of the key. Covers
+    the CPU's generator and those of all CUDA devices, if CUDA is in use. The CPU's generator keeps
+    32 bits of a seed, so two keys out of a million may give the same stream.
 
     Under ``vmap`` the keys of all members are folded into one seed: the draws are a function of
     the keys, and ``randomness=`` of ``vmap`` says whether the members share them.
@@ -124,18 +144,32 @@ def scope(key: Tensor) -> Iterator[None]:
     >>> torch.equal(a, b)
     True
     """
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        generators.extend(torch.cuda.default_generators)
-    before = [generator.get_state() for generator in generators]
-    seed = _seed(key)
-    try:
+
+    __slots__ = ("_before", "_seed")
+
+    def __init__(self, key: Tensor) -> None:
+        self._seed = _seed(key)
+
+    def __enter__(self) -> None:
+        generators = _generators()
+        self._before = [(generator, generator.get_state()) for generator in generators]
         for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
+            generator.manual_seed(self._seed)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for generator, state in self._before:
             generator.set_state(state)
+
+
+def _generators() -> list[torch.Generator]:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return [torch.default_generator, *torch.cuda.default_generators]
+    return [torch.default_generator]
 
 
 def generator(key: Tensor, device: torch.device | str = "cpu") -> torch.Generator:
@@ -147,7 +181,7 @@ def _seed(key: Tensor) -> int:
     _check(key)
     while torch._C._functorch.is_functorch_wrapped_tensor(key):
         key = torch._C._functorch.get_unwrapped(key)
-    words: list[int] = key.reshape(-1).tolist()
+    words: list[int] = (key if key.dim() == 1 else key.reshape(-1)).tolist()
     high, low = words[0], words[1]
     for i in range(2, len(words), 2):
         high, low = _threefry(high, low, words[i], words[i + 1])

@@ -1,0 +1,88 @@
+"""Timing of several ways to do the same, so that a noisy machine disturbs all of them alike.
+
+The contenders take turns in short rounds. What is reported of each is the median of its ratios to
+the first contender *of the same round*, and the middle half of these ratios as the spread; an
+absolute time is only there to give an idea.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import torch
+
+
+def compare(contenders, rounds=15, warmup=2):
+    """Time functions against the first of them.
+
+    Args:
+        contenders: by name, a function that does a round's work and returns its number of steps.
+        rounds: how often each takes its turn.
+        warmup: rounds that do not count.
+
+    Returns:
+        For each name: seconds per step (median), the ratio to the first one (median), and the
+        quartiles of the ratio.
+    """
+    times = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        names = list(contenders)
+        if number % 2:  # nobody always follows the same neighbour
+            names.reverse()
+        for name in names:
+            begin = time.perf_counter()
+            steps = contenders[name]()
+            seconds = (time.perf_counter() - begin) / steps
+            if number >= warmup:
+                times[name].append(seconds)
+    base = times[next(iter(contenders))]
+    report = {}
+    for name, own in times.items():
+        ratios = [seconds / first for seconds, first in zip(own, base, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        report[name] = {
+            "seconds": statistics.median(own),
+            "ratio": statistics.median(ratios),
+            "quartiles": [low, high],
+        }
+    return report
+
+
+def machine():
+    """What the numbers were measured on."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            named = [line for line in lines if line.startswith("model name")]
+        names = [line.split(":", 1)[1].strip() for line in named]
+        processor = names[0] if names else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def show(title, report, target=None):
+    """Print a table of one comparison."""
+    print(f"\n{title}" + (f"  (to reach: {target})" if target else ""))
+    for name, row in report.items():
+        low, high = row["quartiles"]
+        print(
+            f"  {name:<44} {row['seconds'] * 1e6:>10.1f} us   "
+            f"{row['ratio']:>6.3f}x  [{low:.3f}, {high:.3f}]"
+        )
+    sys.stdout.flush()
+
+
+def write_json(path, results):
+    """Write everything that was measured, and on what, to a file."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"machine": machine(), "results": results}, file, indent=2)
+        file.write("\n")
