@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from puretrain.errors import OptimizerError
@@ -92,12 +93,35 @@ def schedule_value(value: float | Tensor | Schedule, count: Tensor) -> Any:
     return value(count if under_transform() else int(count))
 
 
-def check_number(
-    where: str, argument: str, value: Any, *, least: float = 0.0, below: float = math.inf
-) -> None:
-    """Raise an OptimizerError that names the argument unless ``least <= value < below``.
+def plain_value(where: str, argument: str, value: Any) -> Any:
+    """A tensor of shape ``()`` as a Python number; anything else as it is.
 
-    The value of a tensor is looked at where it can be: under a transform it has none.
+    Torch's kernels take numbers, and a number keeps its float64 where a tensor would be rounded to
+    the dtype of what it is combined with.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.requires_grad and torch.is_grad_enabled():
+        raise OptimizerError(
+            f"{where}: {argument} requires grad, but no gradient flows through an update outside "
+            "of torch.func: differentiate with torch.func.grad, or give a detached tensor"
+        )
+    return value.item()
+
+
+def check_number(
+    where: str,
+    argument: str,
+    value: Any,
+    *,
+    least: float = 0.0,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise an OptimizerError that names the argument unless it is a finite number in its limits.
+
+    The limits are ``least <= value <= most`` and ``value < below``. The value of a tensor is looked
+    at where it can be: under a transform it has none.
     """
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
@@ -107,14 +131,26 @@ def check_number(
             )
         if under_transform():
             return
+        value = value.item()
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise OptimizerError(f"{where}: {argument} is a number, not {value!r}")
-    if not least <= float(value) < below:
-        limits = f"at least {least:g}" + (f" and below {below:g}" if below < math.inf else "")
-        raise OptimizerError(f"{where}: {argument} must be {limits} and finite, not {value!r}")
+    if not (math.isfinite(value) and least <= value <= most and value < below):
+        limits = ["finite"]
+        limits += [f"at least {least:g}"] if least > -math.inf else []
+        limits += [f"at most {most:g}"] if most < math.inf else []
+        limits += [f"below {below:g}"] if below < math.inf else []
+        raise OptimizerError(f"{where}: {argument} must be {' and '.join(limits)}, not {value!r}")
 
 
 def check_rate(where: str, argument: str, value: Any) -> None:
     """Check a number from 0, or accept a schedule, whose values are not known yet."""
     if not callable(value):
         check_number(where, argument, value)
+
+
+def check_betas(where: str, betas: Any) -> None:
+    """Check the two factors by which running means decay: each from 0 and below 1."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise OptimizerError(f"{where}: betas are a pair of numbers, not {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(where, f"betas[{i}]", beta, below=1.0)

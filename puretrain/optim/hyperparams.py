@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from puretrain.errors import OptimizerError
-from puretrain.optim.base import GradientTransformation, Optimizer, schedule_value
-from puretrain.tree import FrozenDict, Path, Record, field, path_string, under_transform
+from puretrain.optim.base import GradientTransformation, Optimizer, check_number, schedule_value
+from puretrain.tree import FrozenDict, Path, Record, field, path_string
 
 __all__ = ["InjectedState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
 
@@ -47,7 +48,7 @@ def inject_hyperparams(
     Returns:
         A function of the same arguments, given by name. Those that are floating-point numbers
         (or integers where the default is a float), floating-point tensors and schedules are
-        injected; an element of a tuple of numbers, such as ``betas``, as ``betas.0``.
+        injected; the elements of a tuple of such numbers, as ``betas``, as ``betas.0``, ….
 
     Raises:
         OptimizerError: (the function) there is nothing to inject, or an argument is positional.
@@ -78,7 +79,7 @@ def inject_hyperparams(
         for name, value in arguments.items():
             if name in static:
                 continue
-            if isinstance(value, (tuple, list)) and value and all(map(_is_real, value)):
+            if _is_numbers(value):
                 lengths[name] = len(value)
                 values |= {f"{name}.{i}": element for i, element in enumerate(value)}
             elif _is_injected(value, defaults.get(name)):
@@ -110,10 +111,11 @@ def _injected(
 
     def init(params: Any, /) -> InjectedState:
         count = torch.tensor(0, dtype=torch.int64)
-        start = {name: schedule_value(value, count) for name, value in values.items()}
+        # Tensors already here: some optimizers keep more for a tensor than for a number that is 0.
+        start = {name: _as_tensor(schedule_value(value, count)) for name, value in values.items()}
         return InjectedState(
             count,
-            FrozenDict({name: _as_tensor(value) for name, value in start.items()}),
+            FrozenDict(start),
             with_values(start).init(params),
             tuple(schedules),
         )
@@ -142,6 +144,12 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
 
 
+def _is_numbers(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or not any(map(_is_real, value)):
+        return False
+    return all(_is_real(x) or (isinstance(x, int) and not isinstance(x, bool)) for x in value)
+
+
 def _is_schedule(value: Any) -> bool:
     return callable(value) and not isinstance(value, (Tensor, type))
 
@@ -155,7 +163,7 @@ def _is_injected(value: Any, default: Any) -> bool:
 def _as_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.clone()
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64)
 
 
 def get_hyperparams(opt_state: Any) -> dict[str, Tensor]:
@@ -224,16 +232,22 @@ def set_hyperparams(opt_state: Any, /, **values: float | Tensor) -> Any:
                             f"{wanted} follows a schedule, which would set it again at the next "
                             "update; give inject_hyperparams a number instead"
                         )
-                    new[name] = _like(values[wanted], old)
+                    new[name] = _like(wanted, values[wanted], old)
         return state.replace(hyperparams=FrozenDict(new))
 
     return _with_places(opt_state, (), changed)
 
 
-def _like(value: float | Tensor, old: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(old.dtype) if under_transform() else value.detach().clone().to(old.dtype)
-    return torch.full_like(old, value)
+def _like(name: str, value: float | Tensor, old: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        check_number("set_hyperparams", name, value, least=-math.inf)
+        return torch.full_like(old, value)
+    if value.dim() and value.shape != old.shape:
+        raise OptimizerError(
+            f"set_hyperparams: {name} has shape {tuple(old.shape)}, not {tuple(value.shape)}; for "
+            "one state per value use torch.func.vmap"
+        )
+    return value.to(device=old.device, dtype=old.dtype).expand(old.shape).clone()
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -248,7 +262,10 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]]:
 def _places(node: Any, path: Path) -> Iterator[tuple[Path, InjectedState]]:
     if isinstance(node, InjectedState):
         yield path, node
-        node = node.inner
+        node, path = node.inner, (*path, "inner")
+        if isinstance(node, InjectedState):
+            yield from _places(node, path)
+            return
     for key, child in _children(node):
         yield from _places(child, (*path, key))
 
@@ -256,7 +273,7 @@ def _places(node: Any, path: Path) -> Iterator[tuple[Path, InjectedState]]:
 def _with_places(node: Any, path: Path, change: Callable[[Path, InjectedState], Any]) -> Any:
     """The tree with every injected state changed."""
     if isinstance(node, InjectedState):
-        inner = _with_places(node.inner, path, change)
+        inner = _with_places(node.inner, (*path, "inner"), change)
         return change(path, node.replace(inner=inner))
     new = {key: _with_places(child, (*path, key), change) for key, child in _children(node)}
     if all(new[key] is child for key, child in _children(node)):

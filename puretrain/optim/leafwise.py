@@ -8,25 +8,27 @@ plain tensors a *kernel*, if there is one, computes the same in place: one of to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from puretrain.errors import OptimizerError, StructureError
-from puretrain.optim.base import Optimizer, schedule_value
+from puretrain.optim.base import Optimizer, plain_value, schedule_value
 from puretrain.tree import (
     Record,
     check_same_structure,
     path_string,
     tree_flatten,
     tree_flatten_up_to,
-    tree_map,
+    tree_leaves,
     tree_paths,
+    tree_structure,
     tree_unflatten,
     under_transform,
 )
@@ -35,11 +37,21 @@ Column = list[Tensor]
 """One tensor for each leaf that has a gradient."""
 
 
+class Values(dict[str, Any]):
+    """Numbers by name, read as attributes as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class Formula(Protocol):
     """The update of one leaf, out of place."""
 
     def __call__(
-        self, param: Tensor, grad: Tensor, /, *slots: Tensor, h: SimpleNamespace
+        self, param: Tensor, grad: Tensor, /, *slots: Tensor, h: Values
     ) -> tuple[Tensor, ...]:
         """Return the new parameter and the new slots.
 
@@ -50,7 +62,7 @@ class Formula(Protocol):
 
 
 class Kernel(Protocol):
-    """The same update of all leaves at once, in place."""
+    """The same update of all leaves together, in place."""
 
     def __call__(
         self,
@@ -58,7 +70,7 @@ class Kernel(Protocol):
         grads: Column,
         slots: Sequence[Column],
         vectors: Mapping[str, Tensor],
-        h: SimpleNamespace,
+        h: Values,
         /,
     ) -> None:
         """Change ``params``, ``slots`` and ``vectors``, but not ``vectors['step']``.
@@ -68,9 +80,21 @@ class Kernel(Protocol):
         ...
 
 
-Scalars = Callable[[SimpleNamespace, Mapping[str, Tensor]], Mapping[str, Tensor]]
+Scalars = Callable[[Values, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """What a formula needs besides, from the hyper-parameters and the vectors (float64, one element for
 each leaf); under the name of a vector, its new value."""
+
+
+def on_cpu_or_gpu(param: Tensor) -> bool:
+    """Whether a leaf is a plain tensor where torch has fused kernels."""
+    return type(param) in _PLAIN and param.device.type in ("cpu", "cuda")
+
+
+def _nothing(param: Tensor) -> bool:
+    return False
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def zeros(param: Tensor) -> Tensor:
@@ -88,8 +112,12 @@ def leafwise(
     vectors: Mapping[str, float] | None = None,
     scalars: Scalars | None = None,
     kernel: Kernel | None = None,
+    fused_kernel: Kernel | None = None,
+    fused: bool | None = None,
+    fusable: Callable[[Tensor], bool] = on_cpu_or_gpu,
+    beside_leaves: bool = False,
     maximize: bool = False,
-    check: Callable[[str, Tensor], None] | None = None,
+    check: Callable[[list[str], Column], None] | None = None,
 ) -> Optimizer:
     """Make an optimizer out of a formula.
 
@@ -103,155 +131,211 @@ def leafwise(
             ``step`` counts the updates of each leaf.
         scalars: numbers for the formula that are computed for all leaves together.
         kernel: the update on plain tensors; without one, the formula does it.
+        fused_kernel: the same for the leaves that one of torch's fused kernels takes. It is called
+            with leaves that are laid out alike, and on a GPU, of one device and dtype.
+        fused: whether to use that: None where it takes the leaf, True always, False never.
+        fusable: which leaves it takes.
+        beside_leaves: whether it reads the vectors on the GPU where the leaves are.
         maximize: climb instead of descending.
-        check: a further check of a leaf, by its path; raises.
+        check: a further check of the leaves and their paths; raises.
     """
-    vectors = vectors or {}
-    fields = (*slots, *vectors)
-    absent = [f for f in state_type._names if f != "count" and f not in fields]
-    hyperparameters = {
-        k: float(v) if isinstance(v, numbers.Real) else v for k, v in hyperparameters.items()
-    }
-    changing = [k for k, v in hyperparameters.items() if not isinstance(v, float)]
+    method = _Method(
+        name,
+        state_type,
+        formula,
+        {k: float(v) if isinstance(v, numbers.Real) else v for k, v in hyperparameters.items()},
+        slots,
+        vectors or {},
+        scalars,
+        kernel,
+        fused_kernel if fused is not False else None,
+        fused,
+        fusable,
+        beside_leaves,
+        maximize,
+        check,
+    )
+    return Optimizer(functools.partial(_init, method), functools.partial(_update, method))
 
-    def init(params: Any, /) -> Any:
-        leaves, structure = tree_flatten(params)
-        for path, leaf in zip(tree_paths(params), leaves, strict=True):
-            _check_leaf(name, path_string(path), leaf)
-            if check is not None:
-                check(path_string(path), leaf)
-        content: dict[str, Any] = {"count": torch.tensor(0, dtype=torch.int64)}
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """The arguments of :func:`leafwise`."""
+
+    name: str
+    state_type: type[Record]
+    formula: Formula
+    hyperparameters: Mapping[str, Any]
+    slots: Mapping[str, Callable[[Tensor], Tensor]]
+    vectors: Mapping[str, float]
+    scalars: Scalars | None
+    kernel: Kernel | None
+    fused_kernel: Kernel | None
+    fused: bool | None
+    fusable: Callable[[Tensor], bool]
+    beside_leaves: bool
+    maximize: bool
+    check: Callable[[list[str], Column], None] | None
+
+    @functools.cached_property
+    def absent(self) -> tuple[str, ...]:
+        """The fields of the state that are None."""
+        present = {"count", *self.slots, *self.vectors}
+        return tuple(field for field in self.state_type._names if field not in present)
+
+    @functools.cached_property
+    def changing(self) -> tuple[str, ...]:
+        """The hyper-parameters that are schedules or tensors."""
+        return tuple(k for k, v in self.hyperparameters.items() if not isinstance(v, float))
+
+
+def _init(method: _Method, params: Any, /) -> Any:
+    leaves, structure = tree_flatten(params)
+    paths = [path_string(path) for path in tree_paths(params)]
+    for path, leaf in zip(paths, leaves, strict=True):
+        _check_leaf(method.name, path, leaf)
+    if method.check is not None:
+        method.check(paths, leaves)
+    content: dict[str, Any] = {"count": torch.tensor(0, dtype=torch.int64)}
+    with torch.no_grad():
+        for slot, first in method.slots.items():
+            content[slot] = tree_unflatten(structure, map(first, leaves))
+    there = method.beside_leaves and method.fused_kernel and leaves and leaves[0].is_cuda
+    device = leaves[0].device if there else torch.device("cpu")
+    for vector, value in method.vectors.items():
+        content[vector] = torch.full((len(leaves),), value, dtype=torch.float32, device=device)
+    return method.state_type(**content, **dict.fromkeys(method.absent))
+
+
+def _update(
+    method: _Method, grads: Any, state: Any, params: Any, /, *, donate: bool = False
+) -> tuple[Any, Any]:
+    leaves, structure = tree_flatten(params)
+    try:
+        gradients = tree_flatten_up_to(structure, grads)
+        columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in method.slots]
+        rows = {vector: getattr(state, vector) for vector in method.vectors}
+        fits = _fit(method, state, leaves, gradients, columns, rows)
+    except (AttributeError, StructureError):
+        fits = False  # what does not fit is found out below
+    if not fits:
+        raise _misfit(method, grads, state, params)
+    h = Values(method.hyperparameters)
+    transformed = under_transform()
+    for k in method.changing:
+        now = schedule_value(method.hyperparameters[k], state.count)
+        h[k] = now if transformed else plain_value(method.name, k, now)
+    if transformed:
+        leaves, columns, rows = _by_formula(method, gradients, leaves, columns, rows, h, _replaced)
+        count = state.count + _ONE
+    else:
         with torch.no_grad():
-            for slot, first in slots.items():
-                content[slot] = tree_unflatten(structure, map(first, leaves))
-        # The kernels for a GPU look for the counts there.
-        device = leaves[0].device if leaves and kernel is not None else None
-        for vector, value in vectors.items():
-            content[vector] = torch.full((len(leaves),), value, dtype=torch.float32, device=device)
-        return state_type(**content, **dict.fromkeys(absent))
+            if not donate:
+                leaves = [leaf.clone() for leaf in leaves]
+                columns = [[x.clone() for x in column] for column in columns]
+                rows = {vector: row.clone() for vector, row in rows.items()}
+            _in_place(method, gradients, leaves, columns, rows, h)
+            count = state.count.add_(_ONE) if donate else state.count + _ONE
+    trees = [tree_unflatten(structure, column) for column in columns]
+    content = dict(zip(method.slots, trees, strict=True))
+    return tree_unflatten(structure, leaves), state.replace(count=count, **content, **rows)
 
-    def update(
-        grads: Any, state: Any, params: Any, /, *, donate: bool = False
-    ) -> tuple[Any, Any]:
-        leaves, structure = tree_flatten(params)
-        try:
-            gradients = tree_flatten_up_to(structure, grads)
-            columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in slots]
-            rows = {vector: getattr(state, vector) for vector in vectors}
-        except (AttributeError, StructureError):
-            fits = False
-        else:
-            fits = isinstance(state, state_type) and _fit(leaves, gradients, columns, rows)
-        if not fits or any([getattr(state, field) is not None for field in absent]):
-            raise _misfit(name, state_type, list(slots), list(vectors), grads, state, params)
-        h = SimpleNamespace(**hyperparameters)
-        if under_transform():
-            for k in changing:
-                setattr(h, k, schedule_value(hyperparameters[k], state.count))
-            leaves, columns, rows = by_formula(gradients, leaves, columns, rows, h)
-            count = state.count + _ONE
-        else:
-            for k in changing:
-                setattr(h, k, _plain(name, k, hyperparameters[k], state.count))
-            with torch.no_grad():
-                if donate:
-                    count = state.count.add_(_ONE)
-                else:
-                    leaves = [leaf.clone() for leaf in leaves]
-                    columns = [[x.clone() for x in column] for column in columns]
-                    rows = {vector: row.clone() for vector, row in rows.items()}
-                    count = state.count + _ONE
-                in_place(gradients, leaves, columns, rows, h)
-        content = {
-            slot: tree_unflatten(structure, column)
-            for slot, column in zip(slots, columns, strict=True)
-        }
-        return tree_unflatten(structure, leaves), state.replace(count=count, **content, **rows)
 
-    def in_place(
-        grads: list[Tensor | None],
-        params: Column,
-        columns: list[Column],
-        rows: dict[str, Tensor],
-        h: SimpleNamespace,
-    ) -> None:
-        active = [i for i, grad in enumerate(grads) if grad is not None]
-        if not active:
-            return
-        if kernel is None:
-            new_params, new_columns, new_rows = by_formula(grads, params, columns, rows, h)
-            for old, new in zip(
-                (params, *columns, [*rows.values()]),
-                (new_params, *new_columns, [*new_rows.values()]),
-                strict=True,
-            ):
-                for x, y in zip(old, new, strict=True):
-                    if x is not y:
-                        x.copy_(y)
-            return
-        part = rows
-        if len(active) < len(grads):
-            index = torch.tensor(active)
-            params = [params[i] for i in active]
-            columns = [[column[i] for i in active] for column in columns]
+def _in_place(
+    method: _Method,
+    grads: list[Tensor | None],
+    params: Column,
+    columns: list[Column],
+    rows: dict[str, Tensor],
+    h: Values,
+) -> None:
+    if method.kernel is None:
+        if any(grad is not None for grad in grads):
+            _by_formula(method, grads, params, columns, rows, h, Tensor.copy_)
+        return
+    fused: list[int] = []
+    others: list[int] = []
+    takes = method.fusable if method.fused_kernel is not None else _nothing
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            (fused if takes(params[i]) else others).append(i)
+    if method.fused and others:
+        raise OptimizerError(
+            f"{method.name}: fused=True, but torch has no fused kernel that takes a tensor of "
+            f"{params[others[0]].dtype} on {params[others[0]].device}; with fused=None it is used "
+            "where there is one"
+        )
+    kernels = ((functools.partial(_fused, method), fused), (method.kernel, others))
+    for kernel, places in kernels:
+        if not places:
+            continue
+        if len(places) == len(grads):
+            if "step" in rows:
+                rows["step"].add_(_ONE)
+            kernel(params, cast(Column, grads), columns, rows, h)
+        else:
+            index = torch.tensor(places)
             part = {vector: row[index.to(row.device)] for vector, row in rows.items()}
-        if "step" in part:
-            part["step"].add_(_ONE)
-        kernel(params, [g for g in grads if g is not None], columns, part, h)
-        if part is not rows:
+            if "step" in part:
+                part["step"].add_(_ONE)
+            kernel(
+                [params[i] for i in places],
+                [cast(Tensor, grads[i]) for i in places],
+                [[column[i] for i in places] for column in columns],
+                part,
+                h,
+            )
             for vector, row in rows.items():
                 row[index.to(row.device)] = part[vector]
 
-    def by_formula(
-        grads: list[Tensor | None],
-        params: Column,
-        columns: list[Column],
-        rows: dict[str, Tensor],
-        h: SimpleNamespace,
-    ) -> tuple[Column, list[Column], dict[str, Tensor]]:
-        grown = {vector: row.double() for vector, row in rows.items()}
-        if "step" in grown:
-            grown["step"] = grown["step"] + 1
-        per_leaf = dict(scalars(h, grown)) if scalars is not None else {}
-        for vector in vectors:
-            grown[vector] = per_leaf.pop(vector, grown[vector])
-        everywhere = all(grad is not None for grad in grads)
-        new_rows = {}
-        for vector, row in rows.items():
-            new = grown[vector].to(row.dtype)
-            if not everywhere:
-                new = torch.where(
-                    torch.tensor([g is not None for g in grads], device=row.device), new, row
-                )
-            new_rows[vector] = new
 
-        @functools.cache
-        def values(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-            shared = {k: _like(v, dtype, device) for k, v in vars(h).items()}
-            return shared | {k: _like(v, dtype, device) for k, v in per_leaf.items()}
+def _by_formula(
+    method: _Method,
+    grads: list[Tensor | None],
+    params: Column,
+    columns: list[Column],
+    rows: dict[str, Tensor],
+    h: Values,
+    put: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Column, list[Column], dict[str, Tensor]]:
+    """Put the new tensors in the place of the old ones, one leaf after the other."""
+    grown = {vector: row.double() for vector, row in rows.items()}
+    if "step" in grown:
+        grown["step"] = grown["step"] + 1
+    per_leaf = dict(method.scalars(h, grown)) if method.scalars is not None else {}
+    there = None
+    if any(grad is None for grad in grads):
+        there = torch.tensor([grad is not None for grad in grads])
+    new_rows = {}
+    for vector, row in rows.items():
+        new = per_leaf.pop(vector, grown[vector]).to(row.dtype)
+        if there is not None:
+            new = torch.where(there.to(row.device), new, row)
+        new_rows[vector] = put(row, new)
 
-        new_params, new_columns = list(params), [list(column) for column in columns]
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if grad is None:
-                continue
-            wide = torch.promote_types(param.dtype, torch.float32)
-            here = values(wide, param.device)
-            here = SimpleNamespace(**{k: v[i] if k in per_leaf else v for k, v in here.items()})
-            new_param, *new_slots = formula(
-                param.to(wide),
-                -grad.to(wide) if maximize else grad.to(wide),
-                *(column[i].to(wide) for column in columns),
-                h=here,
-            )
-            new_params[i] = new_param.to(param.dtype)
-            for column, new_column, slot in zip(columns, new_columns, new_slots, strict=True):
-                new_column[i] = slot.to(column[i].dtype)
-        return new_params, new_columns, new_rows
-
-    return Optimizer(init, update)
+    cast_values: dict[Any, Values] = {}
+    new_params, new_columns = list(params), [list(column) for column in columns]
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is None:
+            continue
+        wide = torch.promote_types(param.dtype, torch.float32)
+        kind = (wide, param.device)
+        if kind not in cast_values:
+            cast_values[kind] = Values({k: _like(v, *kind) for k, v in (h | per_leaf).items()})
+        here = Values({k: v[i] if k in per_leaf else v for k, v in cast_values[kind].items()})
+        new_param, *new_slots = method.formula(
+            param.to(wide),
+            -grad.to(wide) if method.maximize else grad.to(wide),
+            *(column[i].to(wide) for column in columns),
+            h=here,
+        )
+        new_params[i] = put(param, new_param.to(param.dtype))
+        for column, new_column, slot in zip(columns, new_columns, new_slots, strict=True):
+            new_column[i] = put(column[i], slot.to(column[i].dtype))
+    return new_params, new_columns, new_rows
 
 
-def decayed(param: Tensor, grad: Tensor, h: SimpleNamespace) -> Tensor:
+def decayed(param: Tensor, grad: Tensor, h: Values) -> Tensor:
     """The gradient with that of an L2 penalty, ``weight_decay · param``."""
     return grad if is_zero(h.weight_decay) else grad + h.weight_decay * param
 
@@ -270,22 +354,51 @@ def square_root(x: Tensor) -> Tensor:
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 
 
-def fusable(params: Column, grads: Column, slots: Sequence[Column], devices: Sequence[str]) -> bool:
-    """Whether torch's fused kernels take these tensors.
+def _fused(
+    method: _Method,
+    params: Column,
+    grads: Column,
+    slots: Sequence[Column],
+    vectors: Mapping[str, Tensor],
+    h: Values,
+) -> None:
+    """Call a fused kernel, which walks through memory without looking at strides.
 
-    They walk through memory without looking at strides, so those of a leaf must be the same, and
-    without gaps.
+    Those of a leaf must be the same, and without gaps; a leaf of another layout is copied for the
+    time of the call.
     """
-    if not _PLAIN.issuperset(map(type, params)):
-        return False
-    if any([device.type not in devices for device in {p.device for p in params}]):
-        return False
-    if all([all(map(Tensor.is_contiguous, column)) for column in (params, grads, *slots)]):
-        return True
-    return all(
-        torch.empty_like(param, device="meta").stride() == param.stride()
-        and all(param.stride() == x.stride() for x in rest)
-        for param, *rest in zip(params, grads, *slots, strict=True)
+    kernel = cast(Kernel, method.fused_kernel)
+    columns = [params, grads, *slots]
+    copied: list[tuple[Tensor, Tensor]] = []
+    if not all(map(Tensor.is_contiguous, chain(*columns))):
+        columns = [list(column) for column in columns]
+        for i, param in enumerate(params):
+            if _same_layout(param, [column[i] for column in columns[1:]]):
+                continue
+            for k, column in enumerate(columns):
+                original, column[i] = column[i], column[i].contiguous()
+                if k != 1 and column[i] is not original:  # a gradient need not be put back
+                    copied.append((original, column[i]))
+    kinds = {(param.device, param.dtype) for param in params}
+    if len(kinds) == 1 or not any(device.type == "cuda" for device, _ in kinds):
+        kernel(columns[0], columns[1], columns[2:], vectors, h)
+    else:
+        for kind in kinds:
+            places = [i for i, param in enumerate(params) if (param.device, param.dtype) == kind]
+            part = [[column[i] for i in places] for column in columns]
+            index = torch.tensor(places)
+            rows = {vector: row[index.to(row.device)] for vector, row in vectors.items()}
+            if method.beside_leaves:
+                rows = {vector: row.to(kind[0]) for vector, row in rows.items()}
+            kernel(part[0], part[1], part[2:], rows, h)
+    for original, copy in copied:
+        original.copy_(copy)
+
+
+def _same_layout(param: Tensor, others: Sequence[Tensor]) -> bool:
+    strides = param.stride()
+    return torch.empty_like(param, device="meta").stride() == strides and all(
+        x.stride() == strides for x in others
     )
 
 
@@ -296,26 +409,21 @@ def each(row: Tensor) -> Column:
     return list(row.unbind())
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+def counts_before(step: Tensor) -> Column:
+    """The counts of updates before this one, as tensors that a kernel of torch's may increase."""
+    return list((step - 1).cpu().unbind())
+
+
 _ONE = torch.tensor(1)  # adding a tensor is quicker than adding a Python number
+
+
+def _replaced(old: Tensor, new: Tensor) -> Tensor:
+    return new
 
 
 def _like(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     # A float64 number would widen a parameter of shape (), and a batched one can't cross devices.
     return value.to(device=device, dtype=dtype) if isinstance(value, Tensor) else value
-
-
-def _plain(name: str, argument: str, value: Any, count: Tensor) -> Any:
-    """The value of a hyper-parameter as a Python number, which is what the kernels take."""
-    value = schedule_value(value, count)
-    if not isinstance(value, Tensor):
-        return value
-    if value.requires_grad and torch.is_grad_enabled():
-        raise OptimizerError(
-            f"{name}: {argument} requires grad, but no gradient flows through an update outside of "
-            "torch.func: differentiate with torch.func.grad, or give a detached tensor"
-        )
-    return value.item()
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -336,81 +444,88 @@ def _check_leaf(name: str, path: str, leaf: Any) -> None:
 
 
 def _fit(
+    method: _Method,
+    state: Any,
     leaves: Column,
     gradients: list[Tensor | None],
     columns: list[Column],
     rows: Mapping[str, Tensor],
 ) -> bool:
-    """Whether shapes agree, and dtypes of gradients; the kernels do not look at the shapes."""
-    shapes = [leaf.shape for leaf in leaves]
-    return (
-        not any([[x.shape for x in column] != shapes for column in columns])
-        and not any([row.shape != (len(leaves),) for row in rows.values()])
-        and all(
-            [
-                g is None or (g.dtype == p.dtype and g.shape == shape)
-                for g, p, shape in zip(gradients, leaves, shapes, strict=True)
-            ]
-        )
-    )
-
-
-def _misfit(
-    name: str,
-    state_type: type[Record],
-    slots: list[str],
-    vectors: list[str],
-    grads: Any,
-    state: Any,
-    params: Any,
-) -> OptimizerError:
-    """Say what does not fit the parameters."""
-    again = "make one with init(params)"
-    if not isinstance(state, state_type):
-        return OptimizerError(
-            f"{name}: the state is of type {type(state).__name__}, not {state_type.__name__}; {again}"
-        )
-    for field in state_type._names:
-        has = getattr(state, field) is not None
-        if field != "count" and has != (field in slots or field in vectors):
-            return OptimizerError(
-                f"{name}: the state {'has' if has else 'lacks'} {field}: it was made with other "
-                f"hyper-parameters; {again}"
-            )
-    leaves, structure = tree_flatten(params)
-    paths = [path_string(path) for path in tree_paths(params)]
-    try:
-        for slot in slots:
-            check_same_structure(
-                params, getattr(state, slot), "the parameters", f"the state's {slot}"
-            )
-    except StructureError as error:
-        return OptimizerError(f"{name}: the state does not fit the parameters: {error}; {again}")
-    for slot in slots:
-        for path, leaf, x in zip(
-            paths, leaves, tree_flatten_up_to(structure, getattr(state, slot)), strict=True
+    """Whether it all belongs together; not all kernels look at shapes and dtypes themselves."""
+    if not isinstance(state, method.state_type):
+        return False
+    for field in method.absent:
+        if getattr(state, field) is not None:
+            return False
+    shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
+    for column in columns:
+        if [x.shape for x in column] != shapes or [x.dtype for x in column] != dtypes:
+            return False
+    for grad, shape, dtype in zip(gradients, shapes, dtypes, strict=True):
+        if grad is not None and (
+            grad.shape != shape or grad.dtype != dtype or grad.layout != torch.strided
         ):
-            if x.shape != leaf.shape:
-                return OptimizerError(
-                    f"{name}: {path} has shape {tuple(leaf.shape)}, but in the state's {slot} it "
-                    f"has shape {tuple(x.shape)}; {again}"
-                )
-    for vector in vectors:
-        if getattr(state, vector).shape != (len(leaves),):
-            return OptimizerError(
-                f"{name}: the state's {vector} has shape {tuple(getattr(state, vector).shape)}, "
-                f"but there are {len(leaves)} parameters; {again}"
-            )
+            return False
+    return all(row.shape == (len(leaves),) for row in rows.values())
+
+
+def _misfit(method: _Method, grads: Any, state: Any, params: Any) -> OptimizerError:
+    """Say what does not fit the parameters."""
+    structure = tree_structure(params)
+    paths = [path_string(path) for path in tree_paths(params)]
+    leaves = dict(zip(paths, tree_leaves(params), strict=True))
+    for path, leaf in leaves.items():
+        _check_leaf(method.name, path, leaf)
+    wrong = _misfit_of_state(method, state, params, leaves)
+    if wrong is not None:
+        return OptimizerError(f"{method.name}: {wrong}; make one with init(params)")
     try:
         gradients = tree_flatten_up_to(structure, grads)
     except StructureError as error:
-        return OptimizerError(f"{name}: the gradients do not fit the parameters: {error}")
-    for path, leaf, grad in zip(paths, leaves, gradients, strict=True):
-        if isinstance(grad, Tensor) and grad.shape == leaf.shape and grad.dtype == leaf.dtype:
+        return OptimizerError(f"{method.name}: the gradients do not fit the parameters: {error}")
+    for (path, leaf), grad in zip(leaves.items(), gradients, strict=True):
+        if grad is None:
             continue
-        if grad is not None:
-            what = f"{grad.dtype} {list(grad.shape)}" if isinstance(grad, Tensor) else repr(grad)
-            return OptimizerError(
-                f"{name}: {path} is {leaf.dtype} {list(leaf.shape)}, but its gradient is {what}"
+        if not isinstance(grad, Tensor):
+            what = repr(grad)
+        elif grad.layout != torch.strided:
+            what = f"of layout {grad.layout}; make it dense with .to_dense()"
+        elif grad.shape != leaf.shape or grad.dtype != leaf.dtype:
+            what = _kind(grad)
+        else:
+            continue
+        return OptimizerError(f"{method.name}: {path} is {_kind(leaf)}, but its gradient is {what}")
+    raise StructureError(f"{method.name}: gradients, state and parameters do not fit together")
+
+
+def _misfit_of_state(
+    method: _Method, state: Any, params: Any, leaves: Mapping[str, Tensor]
+) -> str | None:
+    if not isinstance(state, method.state_type):
+        return f"the state is of type {type(state).__name__}, not {method.state_type.__name__}"
+    for field in method.state_type._names:
+        has = getattr(state, field) is not None
+        if has == (field in method.absent):
+            return (
+                f"the state {'has' if has else 'lacks'} {field}: it was made with other "
+                "hyper-parameters"
             )
-    return OptimizerError(f"{name}: the state does not fit the parameters; {again}")
+    for slot in method.slots:
+        tree = getattr(state, slot)
+        try:
+            check_same_structure(params, tree, "the parameters", f"the state's {slot}")
+        except StructureError as error:
+            return f"the state does not fit the parameters: {error}"
+        for (path, leaf), x in zip(leaves.items(), tree_leaves(tree), strict=True):
+            if not isinstance(x, Tensor) or x.shape != leaf.shape or x.dtype != leaf.dtype:
+                there = _kind(x) if isinstance(x, Tensor) else repr(x)
+                return f"{path} is {_kind(leaf)}, but in the state's {slot} it is {there}"
+    for vector in method.vectors:
+        shape = tuple(getattr(state, vector).shape)
+        if shape != (len(leaves),):
+            return f"the state's {vector} has shape {shape}, but there are {len(leaves)} parameters"
+    return None
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from puretrain.errors import OptimizerError, StructureError
@@ -15,6 +19,7 @@ from puretrain.optim.base import (
     Schedule,
     check_number,
     check_rate,
+    plain_value,
     schedule_value,
 )
 from puretrain.tree import (
@@ -26,7 +31,6 @@ from puretrain.tree import (
     tree_flatten,
     tree_flatten_up_to,
     tree_map,
-    tree_paths,
     tree_structure,
     tree_unflatten,
     under_transform,
@@ -67,6 +71,8 @@ class AccumulationState(Record):
     """Updates since the last one that was applied, int64 of shape ``()``."""
     grads: Any
     """The sum of their gradients, a tree like the parameters."""
+    seen: Tensor
+    """Which leaves have had a gradient among them, bool of shape ``(leaves,)`` on the CPU."""
     inner: Any
     """The state of the optimizer."""
 
@@ -152,24 +158,28 @@ def masked(part: Any, mask: Mask) -> Any:
         {'weight': f32 3.0, 'bias': f32 1.0}
     """
     kind = _kind("masked", part)
+    members = _members(mask)
 
     def init(params: Any, /) -> Any:
-        paths = tree_paths(params)
-        chosen = _chosen(mask, paths)
-        return part.init(_only(params, [path in chosen for path in paths]))
+        leaves, structure = tree_flatten(params)
+        return part.init(tree_unflatten(structure, _only(leaves, members(structure))))
 
-    def update(
-        grads: Any, state: Any, params: Any, /, *, donate: bool = False
-    ) -> tuple[Any, Any]:
-        paths = tree_paths(params)
-        chosen = _chosen(mask, paths)
-        here = [path in chosen for path in paths]
+    def update(grads: Any, state: Any, params: Any, /, *, donate: bool = False) -> tuple[Any, Any]:
+        leaves, structure = tree_flatten(params)
+        here = members(structure)
+        slopes = _aligned("masked", structure, grads)
         new, state = part.update(
-            _only_up_to(params, grads, here), state, _only(params, here), donate=donate
+            tree_unflatten(structure, _only(slopes, here)),
+            state,
+            tree_unflatten(structure, _only(leaves, here)),
+            donate=donate,
         )
-        if kind is GradientTransformation:
-            return _merged(params, here, new, grads), state
-        return _merged(params, here, new, params if donate else _copied(params, here)), state
+        rest = slopes
+        if kind is Optimizer:
+            rest = leaves if donate else [leaf.clone() for leaf in leaves]
+        changed = tree_flatten_up_to(structure, new)
+        merged = [a if wanted else b for a, b, wanted in zip(changed, rest, here, strict=True)]
+        return tree_unflatten(structure, merged), state
 
     return kind(init, update)
 
@@ -178,9 +188,10 @@ def multi_transform(parts: Mapping[str, Any]) -> Any:
     """Treat groups of parameters differently.
 
     Args:
-        parts: optimizers (or only transformations) by the pattern of the paths that each is for. A
+        parts: optimizers (or only transformations) by the pattern of the paths that each is for,
+            or None for parameters that are not to be trained (gradients that pass unchanged). A
             leaf that several patterns match belongs to the first, so ``"**"`` at the end takes what
-            is left. Use :func:`freeze` for a group that is not to be trained.
+            is left.
 
     Returns:
         An optimizer (or a transformation); its state is a frozen dict of the parts' states by
@@ -199,18 +210,24 @@ def multi_transform(parts: Mapping[str, Any]) -> Any:
         >>> optimizer.update(pt.tree.tree_map(torch.ones_like, params), state, params)[0]
         {'body.w': f32 0.8999999761581421, 'head.w': f32 0.0}
     """
-    kinds = {_kind("multi_transform", part) for part in parts.values()}
+    parts = dict(parts)
+    kinds = {_kind("multi_transform", part) for part in parts.values() if part is not None}
     if len(kinds) != 1:
         raise OptimizerError(
             "multi_transform: the parts are optimizers, or all of them transformations; "
-            + ("there are none" if not kinds else "end each chain with an optimizer")
+            + (
+                "there are none"
+                if not kinds
+                else "end each chain with an optimizer, and give None for what is not to be trained"
+            )
         )
     (kind,) = kinds
 
-    def assign(params: Any) -> dict[str, list[bool]]:
-        paths = tree_paths(params)
+    @functools.lru_cache(maxsize=8)
+    def groups(structure: PyTreeSpec) -> dict[str, list[bool]]:
+        paths: list[Path] = structure.paths()
         free = dict.fromkeys(paths)
-        groups = {}
+        found = {}
         for pattern in parts:
             members = {path for path in match_paths(pattern, paths) if path in free}
             if not members:
@@ -218,7 +235,7 @@ def multi_transform(parts: Mapping[str, Any]) -> Any:
                     f"multi_transform: nothing is left for {pattern!r}: the patterns before it "
                     "match all of its leaves; put the narrower pattern first"
                 )
-            groups[pattern] = [path in members for path in paths]
+            found[pattern] = [path in members for path in paths]
             for path in members:
                 del free[path]
         if free:
@@ -227,15 +244,15 @@ def multi_transform(parts: Mapping[str, Any]) -> Any:
                 f"multi_transform: no pattern matches {names}{', …' if len(free) > 4 else ''}; "
                 "add '**' as the last one for what is left"
             )
-        return groups
+        return found
 
     def init(params: Any, /) -> FrozenDict[Any]:
-        return FrozenDict(
-            {
-                pattern: parts[pattern].init(_only(params, here))
-                for pattern, here in assign(params).items()
-            }
-        )
+        leaves, structure = tree_flatten(params)
+        states = {}
+        for pattern, here in groups(structure).items():
+            part, mine = parts[pattern], tree_unflatten(structure, _only(leaves, here))
+            states[pattern] = () if part is None else part.init(mine)
+        return FrozenDict(states)
 
     def update(
         grads: Any, state: Any, params: Any, /, *, donate: bool = False
@@ -245,17 +262,28 @@ def multi_transform(parts: Mapping[str, Any]) -> Any:
                 f"multi_transform: the state is not one of the groups {', '.join(parts)}; make one "
                 "with init(params)"
             )
-        result = grads if kind is GradientTransformation else params
-        states = {}
-        for pattern, here in assign(params).items():
-            new, states[pattern] = parts[pattern].update(
-                _only_up_to(params, grads, here),
+        leaves, structure = tree_flatten(params)
+        slopes = _aligned("multi_transform", structure, grads)
+        result = list(slopes if kind is GradientTransformation else leaves)
+        states: dict[str, Any] = {}
+        for pattern, here in groups(structure).items():
+            part, chosen = parts[pattern], [i for i, wanted in enumerate(here) if wanted]
+            if part is None:
+                states[pattern] = ()
+                if kind is Optimizer and not donate:
+                    for i in chosen:
+                        result[i] = leaves[i].clone()
+                continue
+            new, states[pattern] = part.update(
+                tree_unflatten(structure, _only(slopes, here)),
                 state[pattern],
-                _only(params, here),
+                tree_unflatten(structure, _only(leaves, here)),
                 donate=donate,
             )
-            result = _merged(params, here, new, result)
-        return result, FrozenDict(states)
+            changed = tree_flatten_up_to(structure, new)
+            for i in chosen:
+                result[i] = changed[i]
+        return tree_unflatten(structure, result), FrozenDict(states)
 
     return kind(init, update)
 
@@ -280,15 +308,16 @@ def freeze(mask: Mask = "**") -> GradientTransformation:
         >>> optimizer.update(pt.tree.tree_map(torch.zeros_like, params), state, params)[0]
         {'encoder.w': f32 1.0, 'head.w': f32 0.8999999761581421}
     """
+    members = _members(mask)
 
     def init(params: Any, /) -> tuple[()]:
-        _chosen(mask, tree_paths(params))
+        members(tree_structure(params))
         return ()
 
     def update(grads: Any, state: Any, params: Any, /, *, donate: bool = False) -> tuple[Any, Any]:
-        paths = tree_paths(params)
-        chosen = _chosen(mask, paths)
-        return _only_up_to(params, grads, [path not in chosen for path in paths]), state
+        structure = tree_structure(params)
+        pairs = zip(_aligned("freeze", structure, grads), members(structure), strict=True)
+        return tree_unflatten(structure, [None if frozen else g for g, frozen in pairs]), state
 
     return GradientTransformation(init, update)
 
@@ -296,9 +325,11 @@ def freeze(mask: Mask = "**") -> GradientTransformation:
 def apply_every(k: int, optimizer: Optimizer, *, mean: bool = False) -> Optimizer:
     """Let an optimizer update only every k-th time, with the sum of the gradients until then.
 
-    In between, parameters and optimizer state stay as they are. The loop knows nothing of it: each
-    call counts as an update, and what waits at the end of an epoch waits for the next one. For
-    exact accumulation use ``train_step(accumulate=k)``.
+    In between, parameters and optimizer state stay as they are. A leaf that had no gradient in all
+    of the k calls has none for the optimizer either; under a transform, where that can't be looked
+    at, it has one of zeros. The loop knows nothing of it: each call counts as an update, and what
+    waits at the end of an epoch waits for the next one. For accumulation with a mean over what
+    there was, use ``train_step(accumulate=k)``.
 
     Args:
         k: how many calls make an update.
@@ -324,46 +355,79 @@ def apply_every(k: int, optimizer: Optimizer, *, mean: bool = False) -> Optimize
         raise OptimizerError("apply_every: it takes an optimizer, or a chain that ends with one")
 
     def init(params: Any, /) -> AccumulationState:
-        zeros = tree_map(torch.zeros_like, params)
-        return AccumulationState(torch.tensor(0, dtype=torch.int64), zeros, optimizer.init(params))
+        leaves, structure = tree_flatten(params)
+        with torch.no_grad():
+            zeros = tree_unflatten(structure, map(torch.zeros_like, leaves))
+        return AccumulationState(
+            torch.tensor(0, dtype=torch.int64),
+            zeros,
+            torch.zeros(len(leaves), dtype=torch.bool),
+            optimizer.init(params),
+        )
 
     def update(
         grads: Any, state: Any, params: Any, /, *, donate: bool = False
     ) -> tuple[Any, AccumulationState]:
-        if not isinstance(state, AccumulationState):
-            raise OptimizerError(
-                f"apply_every: the state is of type {type(state).__name__}; make one with "
-                "init(params)"
-            )
         structure = tree_structure(params)
-        sums = [
-            total.clone() if grad is None else total + grad
-            for total, grad in zip(
-                tree_flatten_up_to(structure, state.grads),
-                tree_flatten_up_to(structure, grads),
-                strict=True,
+        slopes = _aligned("apply_every", structure, grads)
+        try:
+            before = tree_flatten_up_to(structure, state.grads)
+            fits = isinstance(state, AccumulationState) and state.seen.shape == (len(before),)
+        except (AttributeError, StructureError):
+            fits = False
+        if not fits:
+            raise OptimizerError(
+                f"apply_every: the state, of type {type(state).__name__}, does not fit the "
+                "parameters; make one with init(params)"
             )
-        ]
         count = state.count + 1
-        passed = tree_unflatten(structure, [total / k for total in sums] if mean else list(sums))
-        zeros = tree_map(torch.zeros_like, params)
-        if not under_transform():
-            if int(count) < k:
-                kept = tree_unflatten(structure, sums)
-                if donate:
-                    return params, state.replace(count=count, grads=kept)
-                copies = tree_map(torch.clone, (params, state.inner))
-                return copies[0], AccumulationState(count, kept, copies[1])
-            new, inner = optimizer.update(passed, state.inner, params, donate=donate)
-            return new, AccumulationState(torch.zeros_like(count), zeros, inner)
-        full = count == k
-        applied = optimizer.update(passed, state.inner, params)
-        waiting = (params, state.inner)
-        new, inner = tree_map(lambda a, b: torch.where(full, a, b), applied, waiting)
-        kept = tree_map(lambda a, b: torch.where(full, a, b), zeros, tree_unflatten(structure, sums))
-        return new, AccumulationState(torch.where(full, 0, count), kept, inner)
+        if under_transform():
+            sums = [
+                total if grad is None else torch.where(had, total + grad, grad)
+                for total, grad, had in zip(before, slopes, state.seen, strict=True)
+            ]
+            seen = state.seen | torch.tensor([grad is not None for grad in slopes])
+            passed = [total / k for total in sums] if mean else sums
+            full = count == k
+            new, inner = tree_map(
+                lambda a, b: torch.where(full, a, b),
+                optimizer.update(tree_unflatten(structure, passed), state.inner, params),
+                (params, state.inner),
+            )
+            count, seen = torch.where(full, 0, count), seen & ~full
+            sums = [torch.where(full, 0.0, total) for total in sums]
+            return new, AccumulationState(count, tree_unflatten(structure, sums), seen, inner)
+
+        had = state.seen.tolist()
+        with torch.no_grad():
+            pairs = zip(before, slopes, had, strict=True)
+            sums = [_sum(total, grad, old, donate) for total, grad, old in pairs]
+        had = [old or grad is not None for old, grad in zip(had, slopes, strict=True)]
+        if int(count) < k:
+            new, inner = params, state.inner
+            if not donate:
+                new, inner = tree_map(torch.clone, (new, inner))
+            waiting = tree_unflatten(structure, sums)
+            return new, AccumulationState(count, waiting, torch.tensor(had), inner)
+        passed = [x / k for x in sums] if mean else sums
+        given = [x if old else None for x, old in zip(passed, had, strict=True)]
+        new, inner = optimizer.update(
+            tree_unflatten(structure, given), state.inner, params, donate=donate
+        )
+        zeros = tree_unflatten(structure, map(torch.zeros_like, before))
+        none = torch.zeros_like(state.seen)
+        return new, AccumulationState(torch.zeros_like(count), zeros, none, inner)
 
     return Optimizer(init, update)
+
+
+def _sum(total: Tensor, grad: Tensor | None, had: bool, donate: bool) -> Tensor:
+    """A sum that begins with its first term: zero and -0.0 would make 0.0."""
+    if grad is None:
+        return total if donate else total.clone()
+    if not had:
+        return total.copy_(grad) if donate else grad.clone()
+    return total.add_(grad) if donate else total + grad
 
 
 # ── Transformations ───────────────────────────────────────────────────────────────────────────────
@@ -385,13 +449,12 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.tensor(0.0)
     if under_transform():
-        norms = [torch.linalg.vector_norm(x) for x in tensors]
+        norms = [torch.linalg.vector_norm(x).to(tensors[0].device) for x in tensors]
     elif len({(x.device, x.dtype) for x in tensors}) == 1:
         norms = list(torch._foreach_norm(tensors))
     else:
         return torch.nn.utils.get_total_norm(tensors)
-    device, dtype = norms[0].device, norms[0].dtype
-    return torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> GradientTransformation:
@@ -416,10 +479,13 @@ def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> GradientTransfor
     check_rate("clip_by_global_norm", "max_norm", max_norm)
 
     def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool) -> list[Tensor]:
-        factor = torch.clamp(limit / (_norm(grads) + 1e-6), max=1.0)
+        norm = _norm(grads)
+        if isinstance(limit, Tensor):
+            limit = limit.to(device=norm.device, dtype=norm.dtype)
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
         return _multiplied(grads, factor, donate)
 
-    return _elementwise("clip_by_global_norm", clip, max_norm)
+    return _elementwise("clip_by_global_norm", "max_norm", clip, max_norm)
 
 
 def clip_by_value(max_value: float | Tensor | Schedule) -> GradientTransformation:
@@ -443,10 +509,11 @@ def clip_by_value(max_value: float | Tensor | Schedule) -> GradientTransformatio
 
     def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool) -> list[Tensor]:
         if isinstance(limit, Tensor):
-            return [g.clamp(-limit.to(g.dtype), limit.to(g.dtype)) for g in grads]
+            limits = [limit.to(device=g.device, dtype=g.dtype) for g in grads]
+            return [g.clamp(-most, most) for g, most in zip(grads, limits, strict=True)]
         return [g.clamp_(-limit, limit) if donate else g.clamp(-limit, limit) for g in grads]
 
-    return _elementwise("clip_by_value", clip, max_value)
+    return _elementwise("clip_by_value", "max_value", clip, max_value)
 
 
 def add_decayed_weights(
@@ -473,16 +540,14 @@ def add_decayed_weights(
     """
     check_rate("add_decayed_weights", "weight_decay", weight_decay)
 
-    def decay(
-        grads: list[Tensor], factor: Any, params: list[Tensor], donate: bool
-    ) -> list[Tensor]:
+    def decay(grads: list[Tensor], factor: Any, params: list[Tensor], donate: bool) -> list[Tensor]:
         if isinstance(factor, Tensor):
             pairs = zip(grads, params, strict=True)
             return [g + factor.to(device=g.device, dtype=g.dtype) * p for g, p in pairs]
         pairs = zip(grads, params, strict=True)
         return [g.add_(p, alpha=factor) if donate else g.add(p, alpha=factor) for g, p in pairs]
 
-    made = _elementwise("add_decayed_weights", decay, weight_decay)
+    made = _elementwise("add_decayed_weights", "weight_decay", decay, weight_decay)
     return made if mask is None else cast(GradientTransformation, masked(made, mask))
 
 
@@ -502,16 +567,17 @@ def scale(factor: float | Tensor | Schedule) -> GradientTransformation:
         tensor([1.5000, 2.0000])
     """
     if not callable(factor):
-        check_number("scale", "factor", factor, least=-torch.finfo(torch.float64).max)
+        check_number("scale", "factor", factor, least=-math.inf)
 
     def multiply(grads: list[Tensor], by: Any, params: Any, donate: bool) -> list[Tensor]:
         return _multiplied(grads, by, donate)
 
-    return _elementwise("scale", multiply, factor)
+    return _elementwise("scale", "factor", multiply, factor)
 
 
 def _elementwise(
     name: str,
+    argument: str,
     function: Callable[[list[Tensor], Any, list[Tensor], bool], list[Tensor]],
     value: float | Tensor | Schedule,
 ) -> GradientTransformation:
@@ -530,31 +596,35 @@ def _elementwise(
         if scheduled:
             current = schedule_value(value, state.count)
             state = CountState(state.count + 1)
+        transformed = under_transform()
+        if not transformed:
+            current = plain_value(name, argument, current)
         leaves, structure = tree_flatten(params)
-        try:
-            column = tree_flatten_up_to(structure, grads)
-        except StructureError as error:
-            raise OptimizerError(f"{name}: the gradients do not fit the parameters: {error}") from None
-        there = [i for i, grad in enumerate(column) if grad is not None]
-        donate = donate and not under_transform()
-        new = function([column[i] for i in there], current, [leaves[i] for i in there], donate)
-        column = list(column)
-        for i, grad in zip(there, new, strict=True):
-            column[i] = grad
-        return tree_unflatten(structure, column), state
+        column = _aligned(name, structure, grads)
+        pairs = [(g, p) for g, p in zip(column, leaves, strict=True) if g is not None]
+        with nullcontext() if transformed else torch.no_grad():
+            new = iter(
+                function(
+                    [g for g, _ in pairs],
+                    current,
+                    [p for _, p in pairs],
+                    donate and not transformed,
+                )
+            )
+        changed = [None if g is None else next(new) for g in column]
+        return tree_unflatten(structure, changed), state
 
     return GradientTransformation(init, update)
 
 
 def _multiplied(grads: list[Tensor], factor: Any, donate: bool) -> list[Tensor]:
-    if under_transform() or len({g.device for g in grads}) > 1:
-        if not isinstance(factor, Tensor):
-            return [g * factor for g in grads]
-        return [g * factor.to(device=g.device, dtype=g.dtype) for g in grads]
+    if not isinstance(factor, Tensor):
+        # Not _foreach_mul_: it rounds a number to bfloat16 first, which _foreach_mul does not
+        return [g.mul_(factor) if donate else g * factor for g in grads]
     if not grads:
         return []
-    if isinstance(factor, Tensor) and factor.device != grads[0].device:
-        factor = factor.to(grads[0].device)
+    if under_transform() or len({g.device for g in grads}) > 1:
+        return [g * factor.to(device=g.device, dtype=g.dtype) for g in grads]
     if donate:
         torch._foreach_mul_(grads, factor)
         return grads
@@ -571,42 +641,31 @@ def _kind(who: str, part: Any) -> type[Optimizer] | type[GradientTransformation]
     raise OptimizerError(f"{who} takes optimizers and gradient transformations, not {part!r}")
 
 
-def _chosen(mask: Mask, paths: list[Path]) -> set[Path]:
-    if callable(mask):
-        return {path for path in paths if mask(path)}
-    patterns = [mask] if isinstance(mask, str) else mask
-    return {path for pattern in patterns for path in match_paths(pattern, paths)}
+def _members(mask: Mask) -> Callable[[PyTreeSpec], list[bool]]:
+    """A function that says for each leaf of a structure whether the mask chooses it."""
+    if not isinstance(mask, str) and not callable(mask):
+        mask = tuple(mask)
+
+    @functools.lru_cache(maxsize=8)  # it is asked at each update
+    def members(structure: PyTreeSpec) -> list[bool]:
+        paths: list[Path] = structure.paths()
+        if callable(mask):
+            return [bool(mask(path)) for path in paths]
+        patterns = (mask,) if isinstance(mask, str) else mask
+        chosen = {path for pattern in patterns for path in match_paths(pattern, paths)}
+        return [path in chosen for path in paths]
+
+    return members
 
 
-def _only(tree: Any, here: list[bool]) -> Any:
-    """The tree with None in the place of the other leaves."""
-    leaves, structure = tree_flatten(tree)
-    kept = [leaf if wanted else None for leaf, wanted in zip(leaves, here, strict=True)]
-    return tree_unflatten(structure, kept)
+def _only(column: list[Any], here: list[bool]) -> list[Any]:
+    """The column with None in the place of the others."""
+    return [x if wanted else None for x, wanted in zip(column, here, strict=True)]
 
 
-def _only_up_to(params: Any, grads: Any, here: list[bool]) -> Any:
-    structure = tree_structure(params)
+def _aligned(name: str, structure: PyTreeSpec, grads: Any) -> list[Tensor | None]:
+    """The gradients in the order of the leaves, None where there is none."""
     try:
-        column = tree_flatten_up_to(structure, grads)
+        return tree_flatten_up_to(structure, grads)
     except StructureError as error:
-        raise OptimizerError(f"the gradients do not fit the parameters: {error}") from None
-    return tree_unflatten(
-        structure, [grad if wanted else None for grad, wanted in zip(column, here, strict=True)]
-    )
-
-
-def _merged(params: Any, here: list[bool], new: Any, rest: Any) -> Any:
-    """The leaves of one tree where ``here`` says so, and those of another elsewhere."""
-    structure = tree_structure(params)
-    pairs = zip(
-        tree_flatten_up_to(structure, new), tree_flatten_up_to(structure, rest), here, strict=True
-    )
-    return tree_unflatten(structure, [a if wanted else b for a, b, wanted in pairs])
-
-
-def _copied(params: Any, here: list[bool]) -> Any:
-    leaves, structure = tree_flatten(params)
-    return tree_unflatten(
-        structure, [leaf if wanted else leaf.clone() for leaf, wanted in zip(leaves, here, strict=True)]
-    )
+        raise OptimizerError(f"{name}: the gradients do not fit the parameters: {error}") from None
