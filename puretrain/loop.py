@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
@@ -24,17 +24,20 @@ from torch import Tensor
 from puretrain import random
 from puretrain.data import Batches, batches
 from puretrain.errors import ConfigurationError, DataError, StructureError
-from puretrain.metrics import as_metric, compute_all
+from puretrain.metrics import accumulate, as_metric, compute_all
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import EvalStep, Step
 from puretrain.tree import (
     FrozenDict,
+    check_same_structure,
     freeze,
+    nodes,
     path_string,
     tree_leaves,
     tree_like,
     tree_map,
     tree_paths,
+    tree_structure,
 )
 
 __all__ = [
@@ -168,8 +171,8 @@ def fit(
     Args:
         state: where to start or go on. It stays as it is, unless ``donate``.
         step: ``step(state, batch, donate=…) -> state``, made by :func:`puretrain.train_step` or
-            composed out of such. A wrapper must hand on ``flush`` if gradients accumulate;
-            ``functools.wraps`` does.
+            composed out of such; without an argument ``donate`` it makes each state anew. A wrapper
+            must hand on ``flush`` if gradients accumulate; ``functools.wraps`` does.
         batches: made by :func:`puretrain.batches`, or an iterable of ready batches.
         epochs: end after so many epochs.
         steps: end after so many steps. With both, whichever comes first.
@@ -198,8 +201,8 @@ def fit(
         >>> optimizer = pt.optim.sgd(lr=0.5)
         >>> state = pt.TrainState.create(
         ...     {"w": torch.zeros(4)}, None, optimizer, key=pt.random.key(0))
-        >>> state = pt.fit(
-        ...     state, pt.train_step(loss, optimizer), pt.batches((x, y), 2, shuffle=True), epochs=2)
+        >>> step = pt.train_step(loss, optimizer)
+        >>> state = pt.fit(state, step, pt.batches((x, y), 2, shuffle=True), epochs=2)
         >>> state.params["w"], int(state.step)
         (tensor([0., 1., 2., 3.]), 4)
     """
@@ -215,12 +218,16 @@ def fit(
         epochs,
         steps,
     )
-    keeping = nullcontext() if donate else lease(state)
-    try:
-        with keeping, _signals(handle_signals) as received:
-            return cast(S, _run(plan, prepare(state, chain), received))
-    finally:
-        _close(plan.observers)
+    with (
+        _closing(plan.observers),
+        _signals(handle_signals) as received,
+        ExitStack() as keeping,
+    ):
+        start = prepare(state, chain)
+        if not donate:
+            keeping.enter_context(lease(state))
+            start = start.replace(reducers=tree_map(_copy, start.reducers))
+        return cast(S, _run(plan, start, received, keeping))
 
 
 class _Plan(NamedTuple):
@@ -235,10 +242,13 @@ class _Plan(NamedTuple):
     steps: int | None
 
 
-def _run(plan: _Plan, state: Any, received: list[int]) -> Any:
+def _run(plan: _Plan, state: Any, received: list[int], keeping: ExitStack) -> Any:
+    _check_single(state)
     step = plan.step if _takes_donate(plan.step) else _without_donate(plan.step)
-    before = _signature(state)  # None once it has been compared
+    before: dict[str, str] | None = _signature(state)  # until it has been compared
+    kept: set[int] | None = _overwritable(state)  # until a step has replaced it all
     batch_structure = None
+    size, weight = 0, torch.zeros((), dtype=torch.float64)
     state = _tell(plan, state, _event(plan, "fit_start", state))
     ended = bool(plan.source.exhausted(state.cursor))  # a state from the end of an epoch
     while True:
@@ -253,14 +263,20 @@ def _run(plan: _Plan, state: Any, received: list[int]) -> Any:
             _tell(plan, state, _event(plan, "epoch_start", state, total=total))
         ended = True
         with closing(plan.source.read(state.cursor)) as reads:
-            for batch, cursor, size in reads:
+            for batch, cursor, samples in reads:
                 batch_structure = _check_batch(batch, batch_structure, state)
                 state = step(state, batch, donate=True)
                 if before is not None:
-                    before = _check_unchanged(before, state)
+                    _check_unchanged(before, state)
+                    before = None
+                if kept is not None and kept.isdisjoint(_overwritable(state)):
+                    keeping.close()  # a lease costs each step a look at it
+                    kept = None
+                if samples != size:
+                    size, weight = samples, torch.full((), samples, dtype=torch.float64)
                 position += 1
                 metrics = state.metrics
-                totals = _merge(state.epoch_metrics, metrics, size)
+                totals = _merge(state.epoch_metrics, metrics, weight)
                 state = state.replace(cursor=cursor, epoch_metrics=totals)
                 event = Event(
                     "step", epoch, int(state.step), metrics, size, position, total, plan.steps, True
@@ -311,12 +327,36 @@ def _finished(plan: _Plan, state: TrainState) -> bool:
 def _end_epoch(plan: _Plan, state: S, received: list[int]) -> S:
     state = _flush(plan.step, state)
     state = _validate_if_due(plan, state, received, at_end_of_epoch=True)
+    state = _with_typed_metrics(plan, state)
     means = {f"train/{name}": mean for name, mean in compute_all(state.epoch_metrics).items()}
     event = _event(plan, "epoch_end", state, metrics=FrozenDict(means))
     cursor = plan.source.next_epoch(state.cursor)
     state = _tell(plan, state.replace(cursor=cursor, epoch_metrics=FrozenDict()), event)
     _stop_if(received, plan, state)
     return state
+
+
+def _with_typed_metrics(plan: _Plan, state: S) -> S:
+    """Give the epoch's metrics their types back if no step has, since they were loaded.
+
+    A checkpoint does not say what kinds of records metrics are; only the step knows. So it is run
+    on the epoch's first batch once more, and nothing but the kinds of its metrics is used.
+    """
+    if not any(isinstance(total, FrozenDict) for total in state.epoch_metrics.values()):
+        return state
+    with closing(plan.source.read(Cursor(epoch=state.cursor.epoch))) as reads:
+        metrics = plan.step(state, next(reads).batch).metrics
+    missing = [name for name in state.epoch_metrics if name not in metrics]
+    if missing:
+        raise StructureError(
+            f"the state holds a mean over the epoch of the metric {missing[0]!r}, but the step "
+            f"reports only {', '.join(metrics)}: it is the state of a run with another loss"
+        )
+    typed = {
+        name: _typed(name, total, as_metric(metrics[name]))
+        for name, total in state.epoch_metrics.items()
+    }
+    return state.replace(epoch_metrics=FrozenDict(typed))
 
 
 def _flush(step: Any, state: S) -> S:
@@ -393,7 +433,8 @@ def evaluate(
     """
     totals: FrozenDict[Any] = FrozenDict()
     for batch, _, size in _reads(batches, limit):
-        totals = _merge(totals, step(state, batch), size)
+        weight = torch.full((), size, dtype=torch.float64)
+        totals = _merge(totals, step(state, batch), weight)
         if after_batch is not None:
             after_batch()
     return compute_all(totals)
@@ -435,12 +476,18 @@ def predict(
         key = random.fold_in(base, i)
         with random.scope(key), torch.no_grad():
             outputs.append(function(state.params, state.buffers, batch, key))
-    return tree_map(lambda *parts: torch.cat(parts), outputs[0], *outputs[1:])
+    structure = tree_structure(outputs[0])
+    for i, output in enumerate(outputs):
+        if tree_structure(output) != structure:
+            check_same_structure(
+                outputs[0], output, "the output for the first batch", f"that for batch {i + 1}"
+            )
+    return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
 
 def _reads(source: Any, limit: int | None) -> Iterator[Any]:
+    empty = True
     with closing(as_batches(source).read(Cursor())) as reads:
-        empty = True
         for read in islice(reads, limit):
             empty = False
             yield read
@@ -480,12 +527,13 @@ def prepare(state: S, reducers: Iterable[Reducer | Callable[[Any, Event], Any]])
                 f"two reducers are named {reducer.name!r}; give one of them another name"
             )
         names.add(reducer.name)
-        fresh = freeze(reducer.init(state))
-        if reducer.name in memories:
-            what, where = f"the memory of reducer {reducer.name!r}", ("reducers", reducer.name)
-            memories[reducer.name] = tree_like(fresh, memories[reducer.name], what, where)
-        else:
+        fresh, memory = freeze(reducer.init(state)), memories.get(reducer.name)
+        if reducer.name not in memories:
             memories[reducer.name] = fresh
+        elif tree_structure(memory) != tree_structure(fresh):
+            what, where = f"the memory of reducer {reducer.name!r}", ("reducers", reducer.name)
+            # New containers get tensors of their own, for a lease keeps containers.
+            memories[reducer.name] = tree_map(_copy, tree_like(fresh, memory, what, where))
     return state.replace(reducers=FrozenDict(memories))
 
 
@@ -498,7 +546,25 @@ def _without_donate(step: Any) -> Step:
     return cast(Step, lambda state, batch, donate: step(state, batch))
 
 
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _overwritable(state: TrainState) -> set[int]:
+    """The identities of the containers whose tensors a donating step may overwrite."""
+    return set(map(id, nodes((state.params, state.opt_state, state.accumulator))))
+
+
 # ── Checks ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_single(state: TrainState) -> None:
+    if state.step.dim():
+        raise StructureError(
+            f"state.step has the shape {tuple(state.step.shape)}: these are several states in one, "
+            "but a run has one place in its data. Apply torch.func.vmap inside of the step, to the "
+            "parts that differ (params, opt_state, …), and let the members share the rest"
+        )
 
 
 def _signature(state: TrainState) -> dict[str, str]:
@@ -534,6 +600,8 @@ def _check_unchanged(before: dict[str, str], state: Any) -> None:
 
 
 def _check_batch(batch: Any, expected: Any, state: TrainState) -> Any:
+    if expected is not None and tree_structure(batch) == expected:
+        return expected
     # Lists hold what could not be stacked (strings), so their lengths vary with the batch.
     structure = optree.tree_structure(batch, is_leaf=_is_list, namespace="puretrain")
     if expected is not None and structure != expected:
@@ -551,15 +619,24 @@ def _is_list(node: Any) -> bool:
 # ── Details ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _merge(totals: FrozenDict[Any], metrics: FrozenDict[Any], size: int) -> FrozenDict[Any]:
+def _merge(totals: FrozenDict[Any], metrics: FrozenDict[Any], weight: Tensor) -> FrozenDict[Any]:
     merged = dict(totals)
     for name, value in metrics.items():
-        metric = as_metric(value, size)
         total = merged.get(name)
-        if isinstance(total, FrozenDict):  # as a checkpoint holds it
-            total = tree_like(metric, total, f"the metric {name!r}", ("epoch_metrics", name))
-        merged[name] = metric if total is None else total.merge(metric)
+        if total is None:
+            merged[name] = as_metric(value, weight)
+        else:
+            if isinstance(total, FrozenDict):
+                total = _typed(name, total, as_metric(value, weight))
+            merged[name] = accumulate(total, value, weight)
     return FrozenDict(merged)
+
+
+def _typed(name: str, total: Any, metric: Any) -> Any:
+    """The total of a metric as a record like the metric; a checkpoint holds it as a frozen dict."""
+    if isinstance(total, FrozenDict):
+        return tree_like(metric, total, f"the metric {name!r}", ("epoch_metrics", name))
+    return total
 
 
 def _items(node: Any) -> Iterable[tuple[str, Any]]:
@@ -573,7 +650,9 @@ def _progress(source: Batches, cursor: Cursor) -> tuple[int | None, int]:
     """How many batches the epoch has, if known, and how many of them have been read."""
     total = source.length(cursor.replace(offset=torch.zeros_like(cursor.offset)))
     left = source.length(cursor)
-    return total, 0 if total is None or left is None else total - left
+    if total is None or left is None:
+        return total, -(-int(cursor.offset) // (source.plan.batch_size or 1))
+    return total, total - left
 
 
 @contextmanager
@@ -601,9 +680,11 @@ def _signals(wanted: bool) -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _close(observers: Sequence[Observer]) -> None:
-    with ExitStack() as stack:  # closes every one, also if another's close() raises
-        for observer in reversed(observers):
-            close = getattr(observer, "close", None)
-            if close is not None:
-                stack.callback(close)
+def _closing(observers: Sequence[Observer]) -> ExitStack:
+    """Close every observer at the end, the last one first, also if another's close() raises."""
+    stack = ExitStack()
+    for observer in observers:
+        close = getattr(observer, "close", None)
+        if close is not None:
+            stack.callback(close)
+    return stack

@@ -255,38 +255,40 @@ def _first_average(state: TrainState, with_buffers: bool) -> Average:
 
 def _move(state: S, name: str, memory: Average, weight: float, donate: bool) -> S:
     """Move an average towards the state's parameters by a weight; the first of a mean is a copy."""
-    donate = donate and not under_transform() and not is_leased(memory)
-    old, structure = tree_flatten((memory.params, memory.buffers))
+    transformed = under_transform()
+    donate = donate and not transformed and not is_leased(memory)
+    before = (memory.params, memory.buffers)
     current = (state.params, None if memory.buffers is None else state.buffers)
+    old, structure = tree_flatten(before)
     new, structure_now = tree_flatten(current)
     if structure_now != structure:
-        check_same_structure(
-            (memory.params, memory.buffers), current, f"the average {name!r}", "the state"
-        )
-    starts, ends, places = [], [], []  # of what is averaged; the rest is copied
-    for i, end in enumerate(new):
-        if weight != 1.0 and (end.is_floating_point() or end.is_complex()):
-            starts.append(old[i])
-            ends.append(end)
-            places.append(i)
-        elif donate:
-            old[i].copy_(end)
+        check_same_structure(before, current, f"the average {name!r}", "the state")
+    moves = [
+        weight != 1.0 and (end.is_floating_point() or end.is_complex()) for end in new
+    ]  # the others are copied
+    starts = [start for start, moved in zip(old, moves, strict=True) if moved]
+    ends = [end for end, moved in zip(new, moves, strict=True) if moved]
+    if donate:
+        if starts:
+            torch._foreach_lerp_(starts, ends, weight)
+        for start, end, moved in zip(old, new, moves, strict=True):
+            if not moved:
+                start.copy_(end)
+    else:
+        if transformed:
+            averages = [torch.lerp(x, end, weight) for x, end in zip(starts, ends, strict=True)]
         else:
-            old[i] = end.clone()
-    if donate and starts:
-        torch._foreach_lerp_(starts, ends, weight)
-    elif starts:
-        if under_transform():
-            moved = [torch.lerp(x, end, weight) for x, end in zip(starts, ends, strict=True)]
-        else:
-            moved = torch._foreach_lerp(starts, ends, weight)
-        for i, tensor in zip(places, moved, strict=True):
-            old[i] = tensor
+            averages = list(torch._foreach_lerp(starts, ends, weight)) if starts else []
+        averaged = iter(averages)
+        old = [
+            next(averaged) if moved else end.clone() for end, moved in zip(new, moves, strict=True)
+        ]
     params, buffers = tree_unflatten(structure, old)
     after = Average(params, buffers, memory.count + 1, state.updates)
     if donate:
+        reason = f"the reducer {name!r} has moved its average on in place"
         for node in nodes(memory):
-            invalidate(node, f"the reducer {name!r} has moved its average on in place")
+            invalidate(node, reason)
     return _remember(state, name, after)
 
 
@@ -511,8 +513,11 @@ def reduce_on_plateau(
         name: the key of the memory in ``state.reducers``.
 
     Raises:
-        ConfigurationError: an argument is out of its range; the optimizer's state does not hold
-            the hyper-parameter; (in the loop) the metric is missing where it should be.
+        ConfigurationError: an argument is out of its range; (at the start of the loop) the
+            optimizer's state does not hold the hyper-parameter; (in the loop) the metric is missing
+            where it should be.
+        OptimizerError: (at the start of the loop) the hyper-parameter follows a schedule, which
+            would set it again.
 
     Example:
         >>> import puretrain as pt
@@ -561,7 +566,8 @@ def reduce_on_plateau(
         )
 
     def init(state: TrainState) -> Plateau:
-        _injected(state, "reduce_on_plateau", hyperparameter)
+        found = _injected(state, "reduce_on_plateau", hyperparameter)
+        set_hyperparams(state.opt_state, **found)  # refuses now what it would refuse hours later
         return Plateau(_real(worst), _integer(0), _integer(0), _integer(0))
 
     return Reducer(reduce, name, init)
@@ -571,8 +577,8 @@ def lr_monitor(*, every: int = 1) -> Reducer:
     """Put the hyper-parameters that the optimizer's state holds among the metrics of the step.
 
     ``state.metrics`` gets a ``lr`` (and what else is injected), as it was for this update, where
-    observers find it. Where several parts of the optimizer inject one, the part's path is added:
-    ``lr/0``. It does not count towards the means of an epoch.
+    observers find it. Where several parts of the optimizer inject some, the place of the part comes
+    first: ``1/lr``. It does not count towards the means of an epoch.
 
     Args:
         every: do so after every so many steps.

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puretrain.checkpoint import load, verify
+from puretrain.checkpoint import load, newest
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.loop import Event, Observer, Reducer, Validation, fit, prepare
 from puretrain.state import TrainState
 from puretrain.step import Step
 
-__all__ = ["Found", "Run", "command_line", "find_checkpoint", "new_directory"]
+__all__ = ["Run", "command_line", "new_directory"]
 
 
 class Run(NamedTuple):
@@ -98,13 +98,13 @@ class Run(NamedTuple):
                     "or the path of a checkpoint to resume from"
                 )
             return self
-        found = find_checkpoint(self.directory)
+        path = newest(self.directory)
         if resume:
-            return self if found.path is None else self._from(found.path)
-        if found.path is not None:
+            return self if path is None else self._from(path)
+        if path is not None:
             raise ConfigurationError(
                 f"{os.fspath(self.directory)} has the checkpoints of an earlier run (the newest is "
-                f"{found.path.name}): resume it, or begin in another directory"
+                f"{path.name}): resume it, or begin in another directory"
             )
         return self
 
@@ -112,37 +112,10 @@ class Run(NamedTuple):
         return self._replace(state=load(path, like=prepare(self.state, self.reducers)))
 
 
-class Found(NamedTuple):
-    """What :func:`find_checkpoint` found."""
-
-    path: Path | None
-    """The newest checkpoint that is whole, if there is one."""
-    damaged: tuple[tuple[Path, CheckpointError], ...]
-    """The newer ones that are damaged, and what is wrong with each."""
-
-
-def find_checkpoint(directory: str | os.PathLike[str]) -> Found:
-    """Look for the newest checkpoint in a directory that is whole, from the newest down."""
-    damaged = []
-    for path in checkpoint_files(directory):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            damaged.append((path, error))
-        else:
-            return Found(path, tuple(damaged))
-    return Found(None, tuple(damaged))
-
-
-def checkpoint_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """The files in a directory that are named as checkpoints, the newest (largest step) first."""
-    return sorted(Path(directory).glob("*.ckpt"), reverse=True)
-
-
 def _existing(path: Path) -> Path:
     if not path.is_dir():
         return path
-    found = find_checkpoint(path).path
+    found = newest(path)
     if found is None:
         raise CheckpointError(f"{path} is a directory without a good checkpoint; name a file")
     return found
@@ -186,4 +159,4 @@ def command_line(program: str, *arguments: str | os.PathLike[str]) -> str:
         if beside is not None:
             near = os.path.relpath(beside)
             program = beside if near.startswith(os.pardir) else near
-    return shlex.join([program, *map(os.fspath, arguments)])
+    return shlex.join([program, *(os.fspath(argument) for argument in arguments)])

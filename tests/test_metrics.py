@@ -21,6 +21,7 @@ from puretrain.metrics import (
     Std,
     Sum,
     Variance,
+    accumulate,
     as_metric,
     compute_all,
     functional,
@@ -406,6 +407,23 @@ ones = torch.ones(3, dtype=torch.int64)
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.floats(width=16), st.integers(1, 300)), min_size=1, max_size=6),
+    st.sampled_from([torch.float16, torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from([(), (2,)]),
+)
+def test_accumulate_is_a_merge_bit_for_bit(batches, dtype, shape):
+    slow, fast = as_metric(torch.zeros(shape, dtype=dtype)), as_metric(torch.zeros(shape))
+    for value, weight in batches:
+        value = torch.full(shape, value, dtype=dtype)
+        slow = slow.merge(as_metric(value, weight))
+        fast = accumulate(fast, value, torch.tensor(float(weight), dtype=torch.float64))
+        assert tree_equal(fast, slow)
+    largest = accumulate(Max.zero(), Max.of(torch.tensor(3.0)), torch.tensor(1.0))
+    assert largest.compute() == 3.0
 
 
 def test_everything_public_is_tested_here():

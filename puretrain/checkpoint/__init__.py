@@ -6,7 +6,25 @@ Whatever is damaged raises :class:`~puretrain.errors.CheckpointError`. The bytes
 ``docs/checkpoint-format.md``.
 """
 
-from puretrain.checkpoint.file import load, newest, read_index, save, verify
+from puretrain.checkpoint.file import (
+    Found,
+    find_checkpoint,
+    load,
+    newest,
+    read_index,
+    save,
+    verify,
+)
 from puretrain.checkpoint.format import Entry, Index
 
-__all__ = ["Entry", "Index", "load", "newest", "read_index", "save", "verify"]
+__all__ = [
+    "Entry",
+    "Found",
+    "Index",
+    "find_checkpoint",
+    "load",
+    "newest",
+    "read_index",
+    "save",
+    "verify",
+]

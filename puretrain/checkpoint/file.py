@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 import xxhash
@@ -36,12 +36,13 @@ from puretrain.checkpoint.structure import Content, arrange, flatten, select
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.tree import FrozenDict, path_string, tensor_bytes, tree_leaves, tree_map
 
-__all__ = ["load", "newest", "read_index", "save", "verify"]
+__all__ = ["Found", "find_checkpoint", "load", "newest", "read_index", "save", "verify"]
 
 # Bytes are hashed while they are still in the processor's cache; a megabyte at a time is copied of
-# what is not in memory as it goes into the file.
+# what is not in memory as it goes into the file. What is larger than the buffer bypasses it.
 _CHUNK = 1 << 18
 _PIECE = 1 << 20
+_BUFFER = 1 << 16
 
 
 # ── Saving ────────────────────────────────────────────────────────────────────────────────────────
@@ -164,7 +165,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(temporary, flags, 0o666)
     try:
-        with open(descriptor, "wb", buffering=_CHUNK) as file:
+        with open(descriptor, "wb", buffering=_BUFFER) as file:
             yield file
             file.flush()
             os.fsync(descriptor)
@@ -476,13 +477,74 @@ def _check_digest(digest: bytes, entry: Entry, index: Index, name: str) -> None:
 # ── Choosing ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def newest(directory: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint (``*.ckpt``) in a directory that is whole.
+class Found(NamedTuple):
+    """What :func:`find_checkpoint` found."""
+
+    path: Path | None
+    """The newest checkpoint that is whole, if there is one."""
+    damaged: tuple[tuple[Path, CheckpointError], ...]
+    """Those that are damaged and may be newer, and what is wrong with each."""
+
+
+def find_checkpoint(directory: str | os.PathLike[str]) -> Found:
+    """Look for the newest checkpoint (``*.ckpt``) in a directory that is whole.
 
     Newest is the one with the largest step, which is the integer ``step`` of its metadata or else
     its leaf of that name; those without a step come after those with one, and among equals the time
-    of the file's last change decides. Damaged checkpoints are passed over, with a warning that
-    names each.
+    of the file's last change decides. They are read whole and verified, from the newest down.
+
+    Returns:
+        Its path (None if there is none, or no directory either), and which damaged ones were passed
+        over: those that can't even say their step, and those with a larger one.
+
+    Raises:
+        CheckpointError: the directory can't be read.
+
+    Example:
+        >>> import tempfile, puretrain as pt
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> for step in (9, 10):
+        ...     save(f"{directory.name}/{step}.ckpt", {"step": step})
+        >>> find_checkpoint(directory.name).path.name
+        '10.ckpt'
+        >>> with open(f"{directory.name}/10.ckpt", "r+b") as file:
+        ...     _ = file.truncate(100)
+        >>> found = find_checkpoint(directory.name)
+        >>> found.path.name, [path.name for path, error in found.damaged]
+        ('9.ckpt', ['10.ckpt'])
+        >>> directory.cleanup()
+    """
+    try:
+        paths = [path for path in Path(directory).iterdir() if path.suffix == ".ckpt"]
+    except FileNotFoundError:
+        return Found(None, ())
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(directory)} can't be read: {_reason(error)}") from error
+    ages, damaged = [], []
+
+    def note(path: Path, error: CheckpointError) -> None:
+        if path.exists():  # or else a run that goes on has deleted it by now
+            damaged.append((path, error))
+
+    for path in sorted(paths):
+        try:
+            ages.append((_age(path), path))
+        except CheckpointError as error:
+            note(path, error)
+    for _, path in sorted(ages, reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            note(path, error)
+        else:
+            return Found(path, tuple(damaged))
+    return Found(None, tuple(damaged))
+
+
+def newest(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint in a directory that is whole; see :func:`find_checkpoint`.
+
+    Damaged checkpoints are passed over, with a warning that names each.
 
     Returns:
         The path; None if there is none, or no directory either.
@@ -490,26 +552,10 @@ def newest(directory: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: the directory can't be read.
     """
-    try:
-        paths = [path for path in Path(directory).iterdir() if path.suffix == ".ckpt"]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{os.fspath(directory)} can't be read: {_reason(error)}") from error
-    ages = []
-    for path in paths:
-        try:
-            ages.append((_age(path), path))
-        except CheckpointError as error:
-            _warn_of(error)
-    for _, path in sorted(ages, reverse=True):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            _warn_of(error)
-        else:
-            return path
-    return None
+    found = find_checkpoint(directory)
+    for _, error in found.damaged:
+        warnings.warn(f"a damaged checkpoint is passed over: {error}", stacklevel=2)
+    return found.path
 
 
 def _age(path: Path) -> tuple[int, int]:
@@ -528,7 +574,3 @@ def _age(path: Path) -> tuple[int, int]:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-
-
-def _warn_of(error: CheckpointError) -> None:
-    warnings.warn(f"a damaged checkpoint is passed over: {error}", stacklevel=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puretrain.checkpoint import Entry, Index, load, read_index, verify
+from puretrain.checkpoint import Entry, Index, find_checkpoint, load, read_index, verify
 from puretrain.cli.output import (
     format_bytes,
     format_number,
@@ -22,7 +23,6 @@ from puretrain.cli.output import (
     write_table,
 )
 from puretrain.errors import CheckpointError
-from puretrain.run import find_checkpoint
 from puretrain.tree import Path as TreePath
 from puretrain.tree import match_paths, path_string, tree_diff, tree_leaves, tree_paths
 
@@ -46,7 +46,7 @@ difference, the largest distance in units in the last place (ulps), and how many
 """
 _DIFF_EXAMPLES = """\
 example:
-  puretrain diff runs/a/step-00000100.ckpt runs/b/step-00000100.ckpt --only 'params/**'
+  puretrain diff runs/a/step_00000100.ckpt runs/b/step_00000100.ckpt --only 'params/**'
 
 exit status: 0 if they are identical, 1 if they differ, 2 after an error
 """
@@ -56,7 +56,7 @@ in it and below is checked.
 """
 _VERIFY_EXAMPLES = """\
 examples:
-  puretrain verify runs/digits/step-00000100.ckpt
+  puretrain verify runs/digits/step_00000100.ckpt
   puretrain verify runs
 
 exit status: 0 if all are good, 1 if one is damaged, 2 after an error
@@ -95,10 +95,13 @@ def _checkpoint(name: str) -> Path:
     path = Path(name)
     if not path.is_dir():
         return path
-    found = find_checkpoint(path).path
-    if found is None:
+    found = find_checkpoint(path)
+    for passed, error in found.damaged:
+        text = printable(f"puretrain: skipped the damaged {passed}: {one_line(error)}")
+        print(text, file=sys.stderr, flush=True)
+    if found.path is None:
         raise CheckpointError(f"{path} is a directory without a good checkpoint; name a file")
-    return found
+    return found.path
 
 
 # ── inspect ───────────────────────────────────────────────────────────────────────────────────────

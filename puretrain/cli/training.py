@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from puretrain.checkpoint import load, save
+from puretrain.checkpoint import Found, find_checkpoint, load, save
 from puretrain.cli.output import format_number, one_line, printable, write, write_json
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Interrupted
 from puretrain.metrics import compute_all
-from puretrain.run import Found, Run, command_line, find_checkpoint
+from puretrain.run import Run, command_line
 from puretrain.state import TrainState
 from puretrain.tree import tree_digest
 
@@ -122,7 +122,7 @@ def _newest_or_saved(run: Run, state: TrainState, *, save_it: bool) -> str | Non
     newest = find_checkpoint(run.directory).path
     if save_it and (newest is None or int(load(newest, only="step")["step"]) != int(state.step)):
         # The run has no observer that saves on an interrupt.
-        newest = Path(run.directory) / f"step-{int(state.step):08}.ckpt"
+        newest = Path(run.directory) / f"step_{int(state.step):08}.ckpt"
         save(newest, state)
     return None if newest is None else str(newest)
 

