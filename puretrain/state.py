@@ -6,15 +6,28 @@ data have equal futures, bit for bit; so saving the state is saving the run.
 
 from __future__ import annotations
 
+import functools
+import threading
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from puretrain.errors import StructureError
-from puretrain.tree import FrozenDict, Record, field, freeze, invalidate, nodes, tree_map
+from puretrain.errors import DonatedStateError, StructureError
+from puretrain.tree import (
+    FrozenDict,
+    Record,
+    field,
+    freeze,
+    invalidate,
+    nodes,
+    tree_leaves,
+    tree_map,
+    under_transform,
+)
 
 if TYPE_CHECKING:
     from puretrain.optim import Optimizer
@@ -86,7 +99,8 @@ class TrainState(Record):
     opt_state: Any
     """What the optimizer remembers."""
     buffers: Any
-    """What the model reads and may replace but does not train: running statistics, frozen weights."""
+    """What the model reads and may replace but does not train: running statistics, frozen
+    weights."""
     key: Tensor
     """The random key of the run, see :mod:`puretrain.random`; step n draws from fold_in(key, n)."""
     cursor: Cursor
@@ -108,6 +122,18 @@ class TrainState(Record):
     reducers: FrozenDict[Any] = field(open=True)
     """What each reducer remembers, by the reducer's name."""
 
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed.
+
+        Raises:
+            StructureError: a name in ``changes`` is no field.
+        """
+        new = super().replace(**changes)
+        made: _Made | None = self.__dict__.get("_made")
+        if made is not None and changes.keys().isdisjoint(_OVERWRITABLE):
+            new.__dict__["_made"] = made._replace(apart=made.apart - changes.keys())
+        return new
+
     @classmethod
     def create(
         cls,
@@ -120,7 +146,8 @@ class TrainState(Record):
     ) -> Self:
         """Make the state of a run that has not begun.
 
-        Dicts become frozen dicts and lists tuples; tensors are taken as they are, not copied.
+        Dicts become frozen dicts and lists tuples; tensors are taken as they are, not copied. No
+        step overwrites them: the first one that is given the state to use up makes a copy.
 
         Args:
             params: the tree of tensors to train.
@@ -168,38 +195,54 @@ class TrainState(Record):
 
 
 def _detached(tree: T) -> T:
+    if under_transform():  # a derivative by the first parameters flows through here
+        return tree
     return tree_map(
-        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf, tree
+        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf,
+        tree,
     )
 
 
 # ── Leases ────────────────────────────────────────────────────────────────────────────────────────
 #
-# A donated state is used up: its tensors are overwritten with the next state's. What may be
-# overwritten sits in containers (records and frozen dicts), and two states share tensors only by
-# sharing their container. So it suffices to mark containers: a lease forbids to give them up.
+# A donated state is used up: what it holds is overwritten with the next state's. Two states of a
+# run share tensors by sharing their container (a record or a frozen dict), so it suffices to mark
+# containers: a lease forbids to give them up.
 
-_leases: weakref.WeakKeyDictionary[Record | FrozenDict[Any], int] = weakref.WeakKeyDictionary()
+Container = Record | FrozenDict[Any]
+
+_leases: weakref.WeakKeyDictionary[Container, int] = weakref.WeakKeyDictionary()
+# A thread that has saved a state ends its lease while the loop takes another on the next one.
+_lock = threading.Lock()
+# The id of each tree that is being overwritten right now: too late for a lease.
+_reserved: set[int] = set()
 
 
 class Lease:
     """Keeps a state readable; made by :func:`lease`. It does not keep the state alive."""
 
     def __init__(self, state: TrainState) -> None:
-        found = nodes(state)
-        for node in found:
-            _leases[node] = _leases.get(node, 0) + 1
+        with _lock:
+            found = nodes(state)
+            if _reserved and any(id(node) in _reserved for node in found):
+                raise DonatedStateError(
+                    "another thread is overwriting the state; take a lease on it before a step "
+                    "with donate=True begins"
+                )
+            for node in found:
+                _leases[node] = _leases.get(node, 0) + 1
         self._nodes = [weakref.ref(node) for node in found]
 
     def release(self) -> None:
         """End the lease; further calls do nothing."""
-        for reference in self._nodes:
-            node = reference()
-            if node is not None:
-                _leases[node] -= 1
-                if not _leases[node]:
-                    del _leases[node]
-        self._nodes = []
+        with _lock:
+            references, self._nodes = self._nodes, []
+            for reference in references:
+                node = reference()
+                if node is not None:
+                    _leases[node] -= 1
+                    if not _leases[node]:
+                        del _leases[node]
 
     def __enter__(self) -> Self:
         return self
@@ -217,14 +260,16 @@ def lease(state: TrainState) -> Lease:
     """Keep a state from being overwritten: while the lease is held, a donating step copies instead.
 
     An observer that wants to look at a state after the loop has gone on takes a lease on it. Use it
-    as a context manager or call its ``release()``.
+    as a context manager or call its ``release()``; a lease that is never released holds as long as
+    the state exists.
 
     Example:
         >>> import puretrain as pt
         >>> def loss(params, buffers, batch, key):
         ...     return (params["w"] * batch).sum()
         >>> optimizer = pt.optim.sgd(1.0)
-        >>> state = pt.TrainState.create({"w": torch.ones(1)}, None, optimizer, key=pt.random.key(0))
+        >>> params = {"w": torch.ones(1)}
+        >>> state = pt.TrainState.create(params, None, optimizer, key=pt.random.key(0))
         >>> step = pt.train_step(loss, optimizer)
         >>> with pt.lease(state):
         ...     after = step(state, torch.ones(1), donate=True)
@@ -233,7 +278,7 @@ def lease(state: TrainState) -> Lease:
         >>> final = step(after, torch.ones(1), donate=True)
         >>> after.params
         Traceback (most recent call last):
-        puretrain.errors.DonatedStateError: this TrainState was given up: step 2 was computed with donate=True...
+        puretrain.errors.DonatedStateError: this TrainState was given up: step 2 was computed...
     """
     return Lease(state)
 
@@ -243,26 +288,219 @@ def is_leased(tree: Any) -> bool:
     return bool(_leases) and any(node in _leases for node in nodes(tree))
 
 
-def _overwritable(state: TrainState) -> tuple[Any, ...]:
-    """The parts of a state whose memory a donating step uses for the next state."""
-    return (state.params, state.opt_state, state.accumulator)
+def reserve(*trees: Any) -> frozenset[int] | None:
+    """Begin to overwrite trees, unless one is under a lease; until :func:`unreserve` none is given.
 
+    Only the roots are marked, which is quick: a lease is on a whole state, with all roots in it.
+    The caller must hold on to the trees.
 
-def may_overwrite(state: TrainState) -> bool:
-    """Whether no lease forbids a step to use up a state."""
-    return not is_leased(_overwritable(state))
-
-
-def give_up(old: TrainState, new: TrainState) -> None:
-    """Empty what a donating step has used up of a state, so that reading it raises.
-
-    That is the record itself and its overwritten parts, unless ``new`` still uses them. The rest
-    stays readable for those who hold it.
+    Returns:
+        What to give back to :func:`unreserve`; None if there is a lease.
     """
-    parts = _overwritable(old)
-    kept = {id(node) for node in nodes(_overwritable(new))}
-    reason = f"step {int(new.step)} was computed with donate=True"
-    invalidate(old, reason)
-    for node in nodes(parts):
+    with _lock:
+        if is_leased(trees):
+            return None
+        reserved = frozenset(map(id, trees))
+        _reserved.update(reserved)
+    return reserved
+
+
+def unreserve(reserved: frozenset[int]) -> None:
+    """End a reservation."""
+    with _lock:
+        _reserved.difference_update(reserved)
+
+
+# ── Donation ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Anybody may build a state out of tensors that others hold as well: a module's, another state's,
+# those that a reducer remembers. So a step overwrites only tensors in containers that a step has
+# made, which are marked as owned, and of these only what the rest of the state does not hold too.
+# It copies the others; from then on they are its own.
+#
+# Finding that out walks over the whole state. So a step notes beside the state that it returns what
+# it knows already, and `TrainState.replace` hands on what still holds.
+
+_OVERWRITABLE = ("params", "opt_state", "accumulator")
+# Fields whose tensors are always made anew.
+_FRESH = (
+    *("step", "updates", "key", "cursor", "loss_scale"),
+    *("skipped", "stop", "validated", "epoch_metrics"),
+)
+
+
+class _Made(NamedTuple):
+    """What is known of a state that a step has made."""
+
+    containers: list[Container]
+    """Those of the overwritable parts, all of them owned."""
+    apart: frozenset[str]
+    """The fields that hold none of their memory."""
+
+
+class Donation(NamedTuple):
+    """A state whose ``params``, ``opt_state`` and ``accumulator`` may be overwritten."""
+
+    state: Any
+    used_up: list[Container]
+    """What must not be read any more afterwards."""
+    reserved: frozenset[int]
+    """What :func:`unreserve` takes."""
+
+
+def accept(state: TrainState) -> Donation | None:
+    """Take over a state that was given up, unless a lease forbids it.
+
+    It must be handed on to :func:`give_up`, come what may.
+    """
+    made: _Made | None = state.__dict__.get("_made")
+    doubtful = _doubtful(state._names)
+    rest = _survey(state, doubtful if made is None else doubtful - made.apart)
+    elsewhere = memory(rest.tensors)
+    if made is None or elsewhere:
+        found = _survey(state, _OVERWRITABLE)
+        containers = found.containers
+        mine = (
+            found.all_inside
+            and all(map(_is_owned, containers))
+            and elsewhere.isdisjoint(memory(found.tensors))
+        )
+    else:
+        containers, mine = made.containers, True
+    with _lock:
+        if _leases and (state in _leases or any(node in _leases for node in containers)):
+            return None
+        reserved = frozenset([id(getattr(state, name)) for name in _OVERWRITABLE])
+        _reserved.update(reserved)
+    used_up: list[Container] = [state, *containers]
+    if rest.containers:
+        kept = set(map(id, rest.containers))
+        used_up = [node for node in used_up if id(node) not in kept]
+    if not mine:
+        changes = {name: _own(getattr(state, name), False, elsewhere) for name in _OVERWRITABLE}
+        state = state.replace(**changes)
+    return Donation(state, used_up, reserved)
+
+
+def give_up(donation: Donation, new: TrainState | None) -> None:
+    """Empty what a step has used up, unless the new state uses it, so that reading it raises.
+
+    Without a new state: the step failed on the way, when some may have been overwritten.
+    """
+    kept: set[int] = set()
+    reason = "a step with donate=True failed while it overwrote the state"
+    if new is not None:
+        reason = f"step {int(new.step)} was computed with donate=True"
+        kept.add(id(new))
+        found = _survey(new, _OVERWRITABLE)
+        for node in found.containers:
+            kept.add(id(node))
+            _mark_owned(node)
+        if found.all_inside:  # what the rest held of it has been copied
+            new.__dict__["_made"] = _Made(found.containers, _doubtful(new._names))
+    for node in donation.used_up:
         if id(node) not in kept:
+            kept.add(id(node))
             invalidate(node, reason)
+    unreserve(donation.reserved)
+
+
+@functools.cache
+def _doubtful(names: tuple[str, ...]) -> frozenset[str]:
+    """The fields of a state that may hold memory of the overwritable ones."""
+    return frozenset(names).difference(_OVERWRITABLE, _FRESH)
+
+
+def claim(new: TrainState, old: TrainState) -> None:
+    """Note what a step has made anew, so that the next one may overwrite it."""
+    before = _survey(old, _OVERWRITABLE)
+    known, taken = set(map(id, before.containers)), memory(before.tensors)
+    for node in _survey(new, _OVERWRITABLE).containers:
+        tensors = [leaf for leaf in tree_leaves(node) if isinstance(leaf, Tensor)]
+        if id(node) not in known and taken.isdisjoint(memory(tensors)):
+            _mark_owned(node)
+
+
+def memory(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the storages of tensors begin; two tensors share memory if these are the same."""
+    return set(map(address, tensors))
+
+
+def address(tensor: Tensor) -> int:
+    """Where the storage of a tensor begins; a number of its own if it has none."""
+    try:  # not by untyped_storage(), which makes an object and is slow
+        offset = tensor.storage_offset()
+        start = tensor.data_ptr()
+    except (NotImplementedError, RuntimeError):  # it is sparse, or made of other tensors
+        return id(tensor)
+    if offset:
+        start -= int(offset) * tensor.element_size()
+    return start or id(tensor)
+
+
+class _Survey:
+    """The containers and the tensors in some fields of a state. It is made in every step."""
+
+    __slots__ = ("all_inside", "containers", "tensors")
+
+    def __init__(self) -> None:
+        self.containers: list[Container] = []
+        self.tensors: list[Tensor] = []
+        self.all_inside = True  # no tensor is outside of all containers
+
+
+def _survey(state: TrainState, names: Iterable[str]) -> _Survey:
+    survey = _Survey()
+    _visit([getattr(state, name) for name in names], survey, False)
+    return survey
+
+
+def _visit(children: Iterable[Any], survey: _Survey, inside: bool) -> None:
+    for child in children:
+        kind = type(child)
+        if kind is Tensor:
+            survey.tensors.append(child)
+            if not inside:
+                survey.all_inside = False
+        elif child is None:
+            pass
+        elif kind is FrozenDict:
+            survey.containers.append(child)
+            _visit(child._items.values(), survey, True)
+        elif isinstance(child, Record):
+            survey.containers.append(child)
+            _visit([getattr(child, name) for name in child._children], survey, True)
+        elif isinstance(child, (tuple, list)):
+            _visit(child, survey, inside)
+        else:  # a plain value, another kind of tensor, or a container that can be changed
+            found = [leaf for leaf in tree_leaves(child) if isinstance(leaf, Tensor)]
+            survey.tensors.extend(found)
+            if found and (found[0] is not child or not inside):
+                survey.all_inside = False
+
+
+def _own(tree: Any, mine: bool, elsewhere: set[int]) -> Any:
+    """Copy the tensors that are not in owned containers, or that are elsewhere in the state."""
+    if isinstance(tree, Tensor):
+        return tree if mine and address(tree) not in elsewhere else tree.clone()
+    if isinstance(tree, FrozenDict):
+        mine = _is_owned(tree)
+        return FrozenDict({key: _own(child, mine, elsewhere) for key, child in tree.items()})
+    if isinstance(tree, Record):
+        mine = _is_owned(tree)
+        return tree.replace(**{k: _own(getattr(tree, k), mine, elsewhere) for k in tree._children})
+    if isinstance(tree, (tuple, list)):
+        children = [_own(child, mine, elsewhere) for child in tree]
+        return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _is_owned(node: Container) -> bool:
+    try:
+        return node._owned is True
+    except AttributeError:
+        return False
+
+
+def _mark_owned(node: Container) -> None:
+    object.__setattr__(node, "_owned", True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
+import optree
 import torch
 from torch import Tensor
 
@@ -19,7 +20,16 @@ from puretrain.errors import (
     TransformError,
 )
 from puretrain.optim import Optimizer
-from puretrain.state import Accumulator, LossScale, TrainState, give_up, may_overwrite
+from puretrain.state import (
+    Accumulator,
+    LossScale,
+    TrainState,
+    accept,
+    address,
+    claim,
+    give_up,
+    memory,
+)
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -32,7 +42,6 @@ from puretrain.tree import (
     tree_like,
     tree_map,
     tree_paths,
-    tree_structure,
     tree_unflatten,
     under_transform,
 )
@@ -88,7 +97,8 @@ class _Result(NamedTuple):
     loss: Tensor
     buffers: Any
     metrics: FrozenDict[Any]
-    grads: list[Tensor | None]  # aligned with the leaves of the parameters
+    grads: Sequence[Tensor | None]  # aligned with the leaves of the parameters
+    structure: optree.PyTreeSpec  # that of the parameters
 
 
 def train_step(
@@ -104,9 +114,11 @@ def train_step(
 
     ``step(state, batch)`` returns the next state and changes nothing: not the state, the batch,
     a module, or torch's random generators. ``step(state, batch, donate=True)`` computes the same
-    bits in the memory of the given state, which raises :class:`~puretrain.DonatedStateError` when
-    it is read afterwards; that is what a loop wants. While the state is under a
-    :func:`~puretrain.lease`, a donating step copies.
+    bits in the memory of the given state, which raises ``DonatedStateError`` when it is read
+    afterwards; that is what a loop wants. It overwrites only what a step has made before: of
+    tensors that came from elsewhere (a module's, say), and of those that the state holds a second
+    time, it makes a copy first. While the state is under a :func:`~puretrain.lease`, a donating
+    step copies everything. A tensor that was taken out of a donated state changes.
 
     Gradients come from ``torch.autograd.grad``; inside a transform of ``torch.func`` and under
     ``torch.compile`` they come from ``torch.func``, so that steps compose. There, a parameter that
@@ -124,20 +136,24 @@ def train_step(
             float64 and wants parameters of float64 (see :func:`~puretrain.tree.tree_cast`).
             ``'bf16'`` runs the loss under autocast to bfloat16; ``'16'`` under autocast to
             float16 with a dynamic loss scale in ``state.loss_scale``, which starts at 65536,
-            doubles after 2000 good updates in a row, and halves at an overflow, when the update
+            doubles after 2000 good batches in a row, and halves at an overflow, when the batch
             is skipped and counted in ``state.skipped``
             (Micikevicius et al., "Mixed precision training", ICLR 2018).
         nonfinite: what to do about a loss or gradient that is NaN or infinite: ``'propagate'``
             does not look, and so never waits for the device; ``'raise'`` raises and leaves the
-            state as it was, donated or not; ``'skip'`` leaves parameters, buffers and optimizer
+            state as it was, donated or not (with precision ``'16'`` only for the loss, since
+            gradients overflow now and then); ``'skip'`` leaves parameters, buffers and optimizer
             as they were and counts the batch in ``state.skipped``.
         draws: False says that the loss draws nothing: ``key`` is None then and the generators are
-            left alone, which saves some 20 µs.
+            left alone, which saves some 20 µs. ``torch.compile`` needs it, as it can't seed.
 
     Raises:
         ConfigurationError: an argument has no such value.
-        LossError: (the step) the loss is no scalar tensor, or no parameter takes part in it.
+        DonatedStateError: (the step) the state was donated before.
+        LossError: (the step) the loss is no scalar tensor, no parameter takes part in it, or the
+            function has changed one of its arguments in place.
         NonFiniteError: (the step) as ``nonfinite='raise'`` says.
+        OptimizerError: (the step) the optimizer does not fit the state.
         StructureError: (the step) a parameter can't be differentiated, or has the wrong precision.
         TransformError: (the step) a state can't be donated, nor raised about, inside a transform.
 
@@ -166,35 +182,35 @@ def train_step(
     scaled = precision == "16"
 
     def step(state: S, batch: Any, /, *, donate: bool = False) -> S:
-        donate = _may_donate(state, donate)
+        tracing = _check_call(state, donate, draws, nonfinite)
         if not draws:
-            return advance(state, batch, None, donate)
-        key = random.fold_in(state.key, _host(state.step))
-        with random.scope(key):
-            return advance(state, batch, key, donate)
-
-    def advance(given: S, batch: Any, key: Tensor | None, donate: bool) -> S:
-        scale = _typed_loss_scale(given.loss_scale) if scaled else None
-        state = given
-        if accumulate > 1:
-            state = state.replace(accumulator=_typed_accumulator(state))
-        result = _evaluate(loss, state, batch, key, precision, scale and scale.scale)
-        if scaled or nonfinite != "propagate":
-            finite = _all_finite(result)
-            if nonfinite == "raise":
-                _raise_unless(finite if scale is None else result.loss.isfinite(), state, result)
+            return advance(state, batch, None, donate, tracing)
+        if tracing:
+            key = random.fold_in(state.key, state.step)
         else:
-            finite = True
+            key = random.step_key(state.key, int(state.step))
+        with random.scope(key):
+            return advance(state, batch, key, donate, tracing)
+
+    def advance(given: S, batch: Any, key: Tensor | None, donate: bool, tracing: bool) -> S:
+        scale = _typed_loss_scale(given.loss_scale) if scaled else None
+        result = _evaluate(loss, given, batch, key, precision, scale, tracing)
+        finite: bool | Tensor = True
+        if scaled or nonfinite != "propagate":
+            finite = _all_finite(result, tracing)
+            if nonfinite == "raise":
+                _raise_unless(finite if scale is None else result.loss.isfinite(), given, result)
         counted = {
-            "step": state.step + 1,
+            "step": given.step + 1,
             "metrics": result.metrics,
             "loss_scale": _rescale(scale, finite),
         }
 
-        def use() -> S:
-            used = {**counted, "buffers": result.buffers}
+        def from_finite(state: S, donate: bool) -> S:
+            used = counted | {"buffers": result.buffers}
             if accumulate == 1:
-                return update(state, result.grads, donate, used)
+                grads = tree_unflatten(result.structure, result.grads)
+                return update(state, grads, donate, used)
             accumulator = _add(cast(Accumulator, state.accumulator), result.grads, donate)
             used["accumulator"] = accumulator
             return _choose(
@@ -203,47 +219,48 @@ def train_step(
                 lambda: state.replace(**used),
             )
 
-        def skip() -> S:
-            return state.replace(**counted, skipped=state.skipped + 1)
+        def following(state: S, donate: bool) -> S:
+            return _choose(
+                finite,
+                lambda: from_finite(state, donate),
+                lambda: state.replace(**counted, skipped=state.skipped + 1),
+            )
 
-        new = _choose(finite, use, skip)
-        if donate:
-            give_up(given, new)
-        return new
+        return _hand_over(with_accumulator(given), following, donate, tracing)
 
-    def update(state: S, grads: list[Tensor | None], donate: bool, changes: dict[str, Any]) -> S:
-        params, opt_state = optimizer.update(
-            tree_unflatten(tree_structure(state.params), grads),
-            state.opt_state,
-            state.params,
-            donate=donate,
-        )
+    def update(state: S, grads: Any, donate: bool, changes: dict[str, Any]) -> S:
+        params, opt_state = optimizer.update(grads, state.opt_state, state.params, donate=donate)
         accumulator = changes.get("accumulator")
         if accumulator is not None:  # the sums stay: the next group's first gradients replace them
             accumulator = accumulator.replace(
                 count=torch.zeros_like(accumulator.count), seen=torch.zeros_like(accumulator.seen)
             )
-        changes |= {"params": params, "opt_state": opt_state, "accumulator": accumulator}
-        return state.replace(**changes, updates=state.updates + 1)
+        new = {"params": params, "opt_state": opt_state, "accumulator": accumulator}
+        return state.replace(**(changes | new), updates=state.updates + 1)
+
+    def with_accumulator(state: S) -> S:
+        if accumulate == 1 or isinstance(state.accumulator, Accumulator):
+            return state
+        return state.replace(accumulator=_new_accumulator(state))
 
     def flush(state: S, /, *, donate: bool = False) -> S:
         """Update with the batches of an unfinished group, if there are any."""
         if accumulate == 1:
             return state
-        donate = _may_donate(state, donate)
-        accumulator = _typed_accumulator(state)
-        waiting = state.replace(accumulator=accumulator)
-        new = _choose(
-            accumulator.count > 0,
-            lambda: update(waiting, _mean(accumulator), donate, {"accumulator": accumulator}),
-            lambda: waiting,
-        )
-        if donate:
-            give_up(state, new)
-        return new
+        tracing = _check_call(state, donate, False, "propagate")
+
+        def following(state: S, donate: bool) -> S:
+            accumulator = cast(Accumulator, state.accumulator)
+            return _choose(
+                accumulator.count > 0,
+                lambda: update(state, _mean(accumulator), donate, {"accumulator": accumulator}),
+                lambda: state,
+            )
+
+        return _hand_over(with_accumulator(state), following, donate, tracing)
 
     step.flush = flush  # type: ignore[attr-defined]
-    return cast(Step, step)
+    return step
 
 
 def eval_step(
@@ -273,15 +290,23 @@ def eval_step(
     _check_choice("precision", precision, ("32", "64", "bf16", "16"))
 
     def step(state: TrainState, batch: Any, /) -> FrozenDict[Any]:
-        key = random.fold_in(random.stream(state.key, "evaluation"), _host(state.step))
+        tracing = under_transform()
+        stream = random.stream(state.key, "evaluation")
+        key = random.fold_in(stream, state.step if tracing else int(state.step))
+        batch = _cast(batch, precision)
         with random.scope(key), torch.no_grad(), _casting(precision, state.params):
-            metrics = function(state.params, state.buffers, _cast(batch, precision), key)
+            metrics = function(state.params, state.buffers, batch, key)
         if not isinstance(metrics, Mapping):
             raise LossError(
                 f"the function of eval_step returned {type(metrics).__name__}; "
                 "it returns metrics by name, such as {'loss': loss}"
             )
-        return FrozenDict(metrics)
+        taken: set[int] = set()
+        if not tracing:  # the state may be overwritten later on, the metrics must not change then
+            taken = memory(_tensors((state.params, state.buffers, batch)))
+        return FrozenDict(
+            {name: _separated(_as_tensor(x), taken, tracing) for name, x in metrics.items()}
+        )
 
     return step
 
@@ -295,8 +320,10 @@ def _evaluate(
     batch: Any,
     key: Tensor | None,
     precision: Precision,
-    scale: Tensor | None,
+    loss_scale: LossScale | None,
+    tracing: bool,
 ) -> _Result:
+    scale = None if loss_scale is None else loss_scale.scale
     leaves, structure = tree_flatten(state.params)
     if precision == "64":
         _check_float64(state.params)
@@ -308,49 +335,139 @@ def _evaluate(
             value, aux = _check_loss(loss(params, state.buffers, batch, cast(Tensor, key)))
         return value if scale is None else value * scale, (value, aux)
 
-    grads: Sequence[Tensor | None]
-    if under_transform():
+    if tracing:
         # A function of the leaves, so that outer transforms see through it.
         grads, (_, (value, aux)) = torch.func.grad_and_value(scaled_loss, has_aux=True)(leaves)
+        taken: set[int] = set()
     else:
-        with torch.enable_grad():
+        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
             try:
                 inputs = [leaf.detach().requires_grad_() for leaf in leaves]
             except (AttributeError, RuntimeError):
                 raise StructureError(_not_differentiable(state.params)) from None
-            value_to_differentiate, (value, aux) = scaled_loss(inputs)
-            if not value_to_differentiate.requires_grad:
-                raise LossError(
-                    "the loss does not depend on any parameter: compute it from the params that "
-                    "the loss function is given, without detach() or no_grad()"
-                )
-            grads = torch.autograd.grad(value_to_differentiate, inputs, allow_unused=True)
-        grads = _owned(grads, leaves)
+            watched = [*leaves, *_tensors(state.buffers), *_tensors(batch)]
+            versions = _versions(watched)
+            differentiated, (value, aux) = scaled_loss(inputs)
+            if not differentiated.requires_grad:
+                raise LossError(_INDEPENDENT)
+            grads = torch.autograd.grad(differentiated, inputs, allow_unused=True)
+        if versions != _versions(watched):
+            raise LossError(_changed_in_place(state, batch, watched, versions))
+        # What autograd returns and what the loss returns may be the memory of its arguments.
+        taken = memory(watched)
+        grads = _separate(grads, leaves, state.params, taken)
     if scale is not None:
         grads = [None if grad is None else grad / scale for grad in grads]
-    value = _detached(value)
-    return _Result(
-        value,
-        state.buffers if aux.buffers is None else _detached(aux.buffers),
-        FrozenDict({"loss": value, **_detached(aux.metrics)}),
-        list(grads),
-    )
+    if not isinstance(aux.metrics, Mapping):
+        raise LossError(
+            f"the metrics in Aux are {_describe(aux.metrics)}; give them by name, such as "
+            "Aux(metrics={'accuracy': accuracy})"
+        )
+    value = _separated(value, taken, tracing)
+    metrics = {"loss": value}
+    for name, metric in aux.metrics.items():
+        metrics[name] = _separated(_as_tensor(metric), taken, tracing)
+    buffers = state.buffers
+    if aux.buffers is not None:
+        buffers = _separated(aux.buffers, taken, tracing)
+    return _Result(value, buffers, FrozenDict(metrics), grads, structure)
 
 
-def _owned(grads: Sequence[Tensor | None], leaves: list[Tensor]) -> list[Tensor | None]:
+_INDEPENDENT = (
+    "the loss does not depend on any parameter: compute it from the params that the loss function "
+    "is given (not from a module's own), without detach() or no_grad()"
+)
+
+
+def _separate(
+    grads: Sequence[Tensor | None], leaves: list[Tensor], params: Any, taken: set[int]
+) -> Sequence[Tensor | None]:
     """Make sure that gradients may be changed in place.
 
     Autograd returns one tensor for two inputs that were added, and an expanded one for a sum.
     """
-    owned: list[Tensor | None] = []
-    seen = set()
+    there = [grad for grad in grads if grad is not None]
+    if not there:
+        raise LossError(_INDEPENDENT)
+    if {grad.layout for grad in there} != {torch.strided}:
+        raise StructureError(_sparse_gradient(grads, params))
+    addresses = memory(there)
+    if (
+        len(addresses) == len(leaves)
+        and taken.isdisjoint(addresses)
+        and [*map(Tensor.stride, there)] == [*map(Tensor.stride, leaves)]
+    ):
+        return grads
+    separate: list[Tensor | None] = []
+    seen = set(taken)
     for grad, leaf in zip(grads, leaves, strict=True):
         if grad is not None:
-            if grad.stride() != leaf.stride() or grad.data_ptr() in seen:
+            if grad.stride() != leaf.stride() or address(grad) in seen:
                 grad = torch.empty_like(leaf).copy_(grad)
-            seen.add(grad.data_ptr())
-        owned.append(grad)
-    return owned
+            seen.add(address(grad))
+        separate.append(grad)
+    return separate
+
+
+def _sparse_gradient(grads: Sequence[Tensor | None], params: Any) -> str:
+    path, layout = next(
+        (path, grad.layout)
+        for path, grad in zip(tree_paths(params), grads, strict=True)
+        if grad is not None and grad.layout is not torch.strided
+    )
+    return (
+        f"params/{path_string(path)} has a gradient of layout {layout}, which no optimizer here "
+        "takes; make the layer with sparse=False"
+    )
+
+
+def _separated(tree: Any, taken: set[int], tracing: bool) -> Any:
+    """What the loss returned, without a graph, and with a copy of what is in memory taken."""
+    if tracing:  # an outer transform may want to differentiate these
+        return freeze(tree)
+    if isinstance(tree, Tensor):
+        tree = tree.detach() if tree.requires_grad else tree
+        return tree.clone() if address(tree) in taken else tree
+    if isinstance(tree, Mapping):  # by hand: this is in every step, and maps are cheap to walk
+        return FrozenDict({key: _separated(child, taken, tracing) for key, child in tree.items()})
+    return tree_map(
+        lambda leaf: _separated(leaf, taken, tracing) if isinstance(leaf, Tensor) else leaf,
+        freeze(tree),
+    )
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """How often each tensor was changed in place; torch does not count it in inference mode."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _changed_in_place(
+    state: TrainState, batch: Any, watched: list[Tensor], versions: list[int]
+) -> str:
+    changed = {
+        id(tensor)
+        for tensor, before, now in zip(watched, versions, _versions(watched), strict=True)
+        if before != now
+    }
+    arguments = FrozenDict(params=state.params, buffers=state.buffers, batch=batch)
+    where = ", ".join(
+        path_string(path)
+        for path, leaf in zip(tree_paths(arguments), tree_leaves(arguments), strict=True)
+        if id(leaf) in changed
+    )
+    return (
+        f"the loss function has changed {where} in place, which others may hold as well; let it "
+        "compute a new tensor (x = x / 255 instead of x /= 255) and return it, if it is a buffer"
+    )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if type(tree) is tuple and all(type(child) is Tensor for child in tree):
+        return list(tree)  # the usual batch, and quicker
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _check_loss(returned: Any) -> tuple[Tensor, Aux]:
@@ -378,14 +495,9 @@ def _describe(value: Any) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def _detached(tree: Any) -> Any:
-    if under_transform():  # an outer transform may want to differentiate these
-        return freeze(tree)
-    if isinstance(tree, Tensor):
-        return tree.detach() if tree.requires_grad else tree
-    if isinstance(tree, Mapping):  # by hand: this is in every step, and maps are cheap to walk
-        return FrozenDict({key: _detached(child) for key, child in tree.items()})
-    return tree_map(_detached, freeze(tree))
+def _as_tensor(value: Any) -> Any:
+    """A metric as it is, a number as a tensor: all leaves of a state are tensors."""
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
 
 
 def _not_differentiable(params: Any) -> str:
@@ -435,30 +547,27 @@ def _rescale(before: LossScale | None, finite: bool | Tensor) -> LossScale | Non
         return None
     good = before.good + 1
     grown = good >= _GROWTH_INTERVAL
+    larger = before.scale * _GROWTH
     return _choose(
         finite,
         lambda: LossScale(
-            torch.where(grown, before.scale * _GROWTH, before.scale),
+            torch.where(grown & larger.isfinite(), larger, before.scale),
             torch.where(grown, torch.zeros_like(good), good),
         ),
         lambda: LossScale(before.scale * _BACKOFF, torch.zeros_like(good)),
     )
 
 
-def _all_finite(result: _Result) -> bool | Tensor:
-    grads = [grad for grad in result.grads if grad is not None]
-    if under_transform():
+def _all_finite(result: _Result, tracing: bool) -> bool | Tensor:
+    grads = [grad for grad in result.grads if grad is not None and grad.numel()]
+    if tracing:
         return torch.stack([x.isfinite().all() for x in (result.loss, *grads)]).all()
     # The largest magnitude of each, which is finite only if all are; it can't overflow as a sum can
-    largest = torch._foreach_norm(grads, float("inf"))
-    return bool(torch.stack([x.float() for x in (result.loss, *largest)]).isfinite().all())
+    largest = torch._foreach_norm(grads, float("inf")) if grads else []
+    return bool(torch.stack([x.isfinite() for x in (result.loss, *largest)]).all())
 
 
 def _raise_unless(finite: bool | Tensor, state: TrainState, result: _Result) -> None:
-    if under_transform():
-        raise TransformError(
-            "nonfinite='raise' can't look at values inside a transform; use 'skip' or 'propagate'"
-        )
     if finite:
         return
     bad = "the loss"
@@ -478,10 +587,9 @@ def _raise_unless(finite: bool | Tensor, state: TrainState, result: _Result) -> 
 # ── Accumulation ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _typed_accumulator(state: TrainState) -> Accumulator:
+def _new_accumulator(state: TrainState) -> Accumulator:
+    """An empty one, or what a checkpoint holds with its types."""
     stored: Any = state.accumulator
-    if isinstance(stored, Accumulator):
-        return stored
     leaves = tree_leaves(state.params)
     empty = Accumulator(
         tree_map(torch.zeros_like, state.params),
@@ -493,7 +601,7 @@ def _typed_accumulator(state: TrainState) -> Accumulator:
     return tree_like(empty, stored, "the accumulator", ("accumulator",))
 
 
-def _add(before: Accumulator, grads: list[Tensor | None], donate: bool) -> Accumulator:
+def _add(before: Accumulator, grads: Sequence[Tensor | None], donate: bool) -> Accumulator:
     sums, structure = tree_flatten(before.grads)
     new: list[Tensor] = []
     for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
@@ -509,15 +617,34 @@ def _add(before: Accumulator, grads: list[Tensor | None], donate: bool) -> Accum
     return Accumulator(tree_unflatten(structure, new), before.seen | had, before.count + 1)
 
 
-def _mean(accumulator: Accumulator) -> list[Tensor | None]:
-    sums = tree_leaves(accumulator.grads)
+def _mean(accumulator: Accumulator) -> Any:
+    """The mean gradients, a tree like the parameters."""
+    sums, structure = tree_flatten(accumulator.grads)
     if under_transform():
-        return [total / accumulator.count for total in sums]
+        return tree_unflatten(structure, [total / accumulator.count for total in sums])
     count, seen = int(accumulator.count), accumulator.seen.tolist()
-    return [total / count if had else None for total, had in zip(sums, seen, strict=True)]
+    means = [total / count if had else None for total, had in zip(sums, seen, strict=True)]
+    return tree_unflatten(structure, means)
 
 
 # ── Control flow ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _hand_over(state: S, following: Callable[[S, bool], S], donate: bool, tracing: bool) -> S:
+    """Compute the state that follows, in the memory of the given one if that is allowed."""
+    donation = accept(state) if donate else None
+    if donation is None:
+        new = following(state, False)
+        if not tracing:
+            claim(new, state)
+        return new
+    try:
+        new = following(donation.state, True)
+    except BaseException:
+        give_up(donation, None)
+        raise
+    give_up(donation, new)
+    return new
 
 
 def _choose(condition: bool | Tensor, yes: Callable[[], T], no: Callable[[], T]) -> T:
@@ -527,18 +654,28 @@ def _choose(condition: bool | Tensor, yes: Callable[[], T], no: Callable[[], T])
     return tree_map(lambda a, b: torch.where(condition, a, b), yes(), no())
 
 
-def _host(count: Tensor) -> int | Tensor:
-    """Read a number where it can be read: folding in an integer is quicker than a tensor."""
-    return count if under_transform() else int(count)
-
-
-def _may_donate(state: TrainState, donate: bool) -> bool:
-    if donate and under_transform():
-        raise TransformError(
-            "a state can't be donated inside a transform; donate to the transformed function's "
-            "caller instead, or leave donate=False"
+def _check_call(state: Any, donate: bool, draws: bool, nonfinite: str) -> bool:
+    """Check what a step is called with and where; whether that is inside of a transform."""
+    if not isinstance(state, TrainState):
+        raise StructureError(
+            f"a step takes a TrainState and a batch, in this order; the state is {_describe(state)}"
         )
-    return donate and may_overwrite(state)
+    if not under_transform():
+        return False
+    if donate:
+        raise TransformError(
+            "a state can't be donated inside a transform: call the step with donate=False there"
+        )
+    if nonfinite == "raise":
+        raise TransformError(
+            "nonfinite='raise' can't look at values inside a transform; use 'skip' or 'propagate'"
+        )
+    if draws and torch.compiler.is_compiling():
+        raise TransformError(
+            "a step that seeds torch's generators can't be compiled: make it with "
+            "train_step(..., draws=False), or compile the model or the loss function in it"
+        )
+    return True
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

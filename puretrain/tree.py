@@ -15,7 +15,16 @@ import functools
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
 import numpy as np
@@ -100,6 +109,7 @@ class Record:
     """
 
     _names: ClassVar[tuple[str, ...]] = ()
+    _children: ClassVar[tuple[str, ...]] = ()
     _static: ClassVar[frozenset[str]] = frozenset()
     _open: ClassVar[frozenset[str]] = frozenset()
 
@@ -109,6 +119,7 @@ class Record:
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # it is a dataclass by now
         cls._names = tuple(f.name for f in fields)
         cls._static = frozenset(f.name for f in fields if f.metadata.get(_STATIC))
+        cls._children = tuple(name for name in cls._names if name not in cls._static)
         cls._open = frozenset(f.name for f in fields if f.metadata.get(_OPEN))
         _register(
             cls, functools.partial(_flatten_record, cls), functools.partial(_unflatten_record, cls)
@@ -166,12 +177,13 @@ class FrozenDict(Mapping[str, T]):
         TypeError: 'FrozenDict' object does not support item assignment
     """
 
-    __slots__ = ("__weakref__", "_donated", "_items")
+    __slots__ = ("__weakref__", "_donated", "_items", "_owned")
     _items: dict[str, T]
     _donated: str
+    _owned: bool  # set by `puretrain.state`
 
     def __init__(self, items: Mapping[str, T] | Iterable[tuple[str, T]] = (), /, **more: T) -> None:
-        content = dict(items, **more)
+        content: dict[str, T] = dict(items, **more)
         for key in content:
             if not isinstance(key, str):
                 raise StructureError(f"a FrozenDict has string keys, not {key!r}; use str({key!r})")
@@ -188,6 +200,20 @@ class FrozenDict(Mapping[str, T]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._items
+
+    # The mixins of Mapping would look up each key by itself.
+
+    def keys(self) -> KeysView[str]:
+        """The keys, in order."""
+        return self._items.keys()
+
+    def values(self) -> ValuesView[T]:
+        """The values, in the order of the keys."""
+        return self._items.values()
+
+    def items(self) -> ItemsView[str, T]:
+        """Pairs of keys and values, in order."""
+        return self._items.items()
 
     def __or__(self, other: Mapping[str, T]) -> FrozenDict[T]:
         return FrozenDict({**self._items, **other})
@@ -237,15 +263,13 @@ def freeze(tree: Any) -> Any:
 def _flatten_record(cls: type[Record], node: Any) -> tuple[list[Any], Any, tuple[str, ...]]:
     if not cls._static:
         return [getattr(node, name) for name in cls._names], (), cls._names
-    names = tuple(name for name in cls._names if name not in cls._static)
     fixed = tuple((name, getattr(node, name)) for name in cls._names if name in cls._static)
-    return [getattr(node, name) for name in names], fixed, names
+    return [getattr(node, name) for name in cls._children], fixed, cls._children
 
 
 def _unflatten_record(cls: type[Record], fixed: Any, children: Iterable[Any]) -> Any:
     node = object.__new__(cls)
-    names = (name for name in cls._names if name not in cls._static)
-    node.__dict__.update(zip(names, children, strict=True))
+    node.__dict__.update(zip(cls._children, children, strict=True))
     node.__dict__.update(fixed)
     return node
 
@@ -308,6 +332,8 @@ def nodes(tree: Any) -> list[Record | FrozenDict[Any]]:
     waiting = [tree]
     while waiting:
         node = waiting.pop()
+        if type(node) is Tensor:  # most are, and this is quick
+            continue
         if isinstance(node, Record):
             found.append(node)
             waiting.extend([getattr(node, name) for name in node._names])
@@ -333,7 +359,7 @@ def invalidate(node: Record | FrozenDict[Any], reason: str) -> None:
 
 def _donated_message(what: str, reason: str) -> str:
     return (
-        f"this {what} was given up: {reason}, and its memory holds the next state now. "
+        f"this {what} was given up: {reason}, and its memory was used for the next state. "
         "Use the state that the step returned, or keep this one with `lease(state)` or donate=False"
     )
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from puretrain.errors import OptimizerError, StructureError
 from puretrain.optim.base import Optimizer, plain_value, schedule_value
 from puretrain.tree import (
+    FrozenDict,
     Record,
     check_same_structure,
     path_string,
@@ -155,6 +157,8 @@ def leafwise(
         maximize,
         check,
     )
+    # Computed now: on Python 3.11 torch.compile can't enter the lock of a cached property.
+    _ = method.absent, method.changing
     return Optimizer(functools.partial(_init, method), functools.partial(_update, method))
 
 
@@ -210,18 +214,24 @@ def _init(method: _Method, params: Any, /) -> Any:
 def _update(
     method: _Method, grads: Any, state: Any, params: Any, /, *, donate: bool = False
 ) -> tuple[Any, Any]:
-    leaves, structure = tree_flatten(params)
-    try:
-        gradients = tree_flatten_up_to(structure, grads)
-        columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in method.slots]
-        rows = {vector: getattr(state, vector) for vector in method.vectors}
-        fits = _fit(method, state, leaves, gradients, columns, rows)
-    except (AttributeError, StructureError):
-        fits = False  # what does not fit is found out below
-    if not fits:
-        raise _misfit(method, grads, state, params)
-    h = Values(method.hyperparameters)
     transformed = under_transform()
+    known = None if transformed else _known(method, grads, state, params)
+    if known is not None:
+        leaves, columns = known.leaves, known.columns
+        gradients = list(grads._items.values())
+        rows = {vector: getattr(state, vector) for vector in method.vectors}
+    else:
+        leaves, structure = tree_flatten(params)
+        try:
+            gradients = tree_flatten_up_to(structure, grads)
+            columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in method.slots]
+            rows = {vector: getattr(state, vector) for vector in method.vectors}
+            fits = _fit(method, state, leaves, gradients, columns, rows)
+        except (AttributeError, StructureError):
+            fits = False  # what does not fit is found out below
+        if not fits:
+            raise _misfit(method, grads, state, params)
+    h = Values(method.hyperparameters)
     for k in method.changing:
         now = schedule_value(method.hyperparameters[k], state.count)
         h[k] = now if transformed else plain_value(method.name, k, now)
@@ -234,11 +244,78 @@ def _update(
                 leaves = [leaf.clone() for leaf in leaves]
                 columns = [[x.clone() for x in column] for column in columns]
                 rows = {vector: row.clone() for vector, row in rows.items()}
-            _in_place(method, gradients, leaves, columns, rows, h)
+            if known is not None and known.direct and all(map(Tensor.is_contiguous, gradients)):
+                if "step" in rows:
+                    rows["step"].add_(_ONE)
+                cast(Kernel, method.fused_kernel)(leaves, gradients, columns, rows, h)
+            else:
+                _in_place(method, gradients, leaves, columns, rows, h)
             count = state.count.add_(_ONE) if donate else state.count + _ONE
-    trees = [tree_unflatten(structure, column) for column in columns]
+    if known is not None:
+        new_params: Any = FrozenDict(zip(params, leaves, strict=True))
+        trees: list[Any] = [FrozenDict(zip(params, x, strict=True)) for x in columns]
+    else:
+        new_params = tree_unflatten(structure, leaves)
+        trees = [tree_unflatten(structure, column) for column in columns]
     content = dict(zip(method.slots, trees, strict=True))
-    return tree_unflatten(structure, leaves), state.replace(count=count, **content, **rows)
+    new_state = state.replace(count=count, **content, **rows)
+    if not transformed:
+        _remember(method, new_state, new_params, leaves, columns, known)
+    return new_params, new_state
+
+
+class _Known(NamedTuple):
+    """What an update found out of the trees that it returned, so that the next one needn't."""
+
+    method: _Method
+    params: weakref.ReferenceType[FrozenDict[Tensor]]
+    leaves: Column
+    columns: list[Column]
+    kinds: list[tuple[Any, Any]]
+    """The shape and dtype of each leaf."""
+    direct: bool
+    """Whether the fused kernel takes all leaves and what is kept for them as they are."""
+
+
+def _known(method: _Method, grads: Any, state: Any, params: Any) -> _Known | None:
+    """What is known of a state and the parameters that came with it, if the gradients fit."""
+    known: _Known | None = getattr(state, "__dict__", {}).get("_known")
+    own = None if known is None or known.method is not method else known.params()
+    if known is None or own is None or own is not params:
+        return None
+    if type(grads) is not FrozenDict or [*grads._items] != [*own._items]:
+        return None
+    there = grads._items.values()
+    try:
+        if [(x.shape, x.dtype) for x in there] != known.kinds:
+            return None
+    except AttributeError:  # a leaf without a gradient
+        return None
+    return None if any(x.layout is not torch.strided for x in there) else known
+
+
+def _remember(
+    method: _Method,
+    state: Any,
+    params: Any,
+    leaves: Column,
+    columns: list[Column],
+    known: _Known | None,
+) -> None:
+    """Note beside an immutable state what holds as long as it comes with these parameters."""
+    if known is None:
+        if type(params) is not FrozenDict or len(params) != len(leaves):
+            return  # a nested tree, or one that can change
+        takes = method.fusable if method.fused_kernel is not None else _nothing
+        direct = (
+            all(map(takes, leaves))
+            and all(map(Tensor.is_contiguous, chain(leaves, *columns)))
+            and len({(x.device, x.dtype) for x in leaves}) <= 1
+        )
+        kinds = [(x.shape, x.dtype) for x in leaves]
+        known = _Known(method, weakref.ref(params), leaves, columns, kinds, direct)
+    changed = known._replace(params=weakref.ref(params), leaves=leaves, columns=columns)
+    state.__dict__["_known"] = changed
 
 
 def _in_place(
