@@ -70,7 +70,7 @@ class LossScale(Record):
     scale: Tensor
     """What the loss is multiplied with, float32 of shape ``()``."""
     good: Tensor
-    """Updates with finite gradients since the scale last changed, int32 of shape ``()``."""
+    """Batches with finite gradients since the scale last changed, int32 of shape ``()``."""
 
 
 class TrainState(Record):
@@ -348,10 +348,11 @@ class Donation(NamedTuple):
     """What :func:`unreserve` takes."""
 
 
-def accept(state: TrainState) -> Donation | None:
+def accept(given: TrainState, state: TrainState) -> Donation | None:
     """Take over a state that was given up, unless a lease forbids it.
 
-    It must be handed on to :func:`give_up`, come what may.
+    It must be handed on to :func:`give_up`, come what may. ``state`` is the given one, or a copy
+    of it with other fields, which nobody else holds.
     """
     made: _Made | None = state.__dict__.get("_made")
     doubtful = _doubtful(state._names)
@@ -368,11 +369,11 @@ def accept(state: TrainState) -> Donation | None:
     else:
         containers, mine = made.containers, True
     with _lock:
-        if _leases and (state in _leases or any(node in _leases for node in containers)):
+        if _leases and (given in _leases or any(node in _leases for node in containers)):
             return None
         reserved = frozenset([id(getattr(state, name)) for name in _OVERWRITABLE])
         _reserved.update(reserved)
-    used_up: list[Container] = [state, *containers]
+    used_up: list[Container] = [given, *containers]
     if rest.containers:
         kept = set(map(id, rest.containers))
         used_up = [node for node in used_up if id(node) not in kept]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
-import optree
 import torch
 from torch import Tensor
 
@@ -98,7 +98,7 @@ class _Result(NamedTuple):
     buffers: Any
     metrics: FrozenDict[Any]
     grads: Sequence[Tensor | None]  # aligned with the leaves of the parameters
-    structure: optree.PyTreeSpec  # that of the parameters
+    as_tree: Callable[[Sequence[Any]], Any]  # makes a tree like the parameters out of such leaves
 
 
 def train_step(
@@ -122,7 +122,8 @@ def train_step(
 
     Gradients come from ``torch.autograd.grad``; inside a transform of ``torch.func`` and under
     ``torch.compile`` they come from ``torch.func``, so that steps compose. There, a parameter that
-    the loss does not use has a gradient of zero; otherwise it has none and stays as it is.
+    the loss does not use has a gradient of zero; otherwise it has none and stays as it is. A loss
+    that draws needs ``vmap(step, randomness='different')`` (or ``'same'``), else torch raises.
 
     Args:
         loss: ``loss(params, buffers, batch, key)`` returns the loss, a tensor of shape ``()``, or
@@ -209,7 +210,7 @@ def train_step(
         def from_finite(state: S, donate: bool) -> S:
             used = counted | {"buffers": result.buffers}
             if accumulate == 1:
-                grads = tree_unflatten(result.structure, result.grads)
+                grads = result.as_tree(result.grads)
                 return update(state, grads, donate, used)
             accumulator = _add(cast(Accumulator, state.accumulator), result.grads, donate)
             used["accumulator"] = accumulator
@@ -226,7 +227,7 @@ def train_step(
                 lambda: state.replace(**counted, skipped=state.skipped + 1),
             )
 
-        return _hand_over(with_accumulator(given), following, donate, tracing)
+        return _hand_over(given, with_accumulator(given), following, donate, tracing)
 
     def update(state: S, grads: Any, donate: bool, changes: dict[str, Any]) -> S:
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, donate=donate)
@@ -257,7 +258,7 @@ def train_step(
                 lambda: state,
             )
 
-        return _hand_over(with_accumulator(state), following, donate, tracing)
+        return _hand_over(state, with_accumulator(state), following, donate, tracing)
 
     step.flush = flush  # type: ignore[attr-defined]
     return step
@@ -324,13 +325,13 @@ def _evaluate(
     tracing: bool,
 ) -> _Result:
     scale = None if loss_scale is None else loss_scale.scale
-    leaves, structure = tree_flatten(state.params)
+    leaves, as_tree = _leaves(state.params)
     if precision == "64":
         _check_float64(state.params)
     batch = _cast(batch, precision)
 
     def scaled_loss(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Aux]]:
-        params = tree_unflatten(structure, leaves)
+        params = as_tree(leaves)
         with _casting(precision, state.params):
             value, aux = _check_loss(loss(params, state.buffers, batch, cast(Tensor, key)))
         return value if scale is None else value * scale, (value, aux)
@@ -370,7 +371,16 @@ def _evaluate(
     buffers = state.buffers
     if aux.buffers is not None:
         buffers = _separated(aux.buffers, taken, tracing)
-    return _Result(value, buffers, FrozenDict(metrics), grads, structure)
+    return _Result(value, buffers, FrozenDict(metrics), grads, as_tree)
+
+
+def _leaves(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of the parameters, and the function that makes such a tree out of leaves."""
+    if type(params) is FrozenDict and {*map(type, params.values())} == {Tensor}:
+        names = params.keys()  # the usual kind, which is much quicker to do by hand
+        return list(params.values()), lambda leaves: FrozenDict(zip(names, leaves, strict=True))
+    leaves, structure = tree_flatten(params)
+    return leaves, functools.partial(tree_unflatten, structure)
 
 
 _INDEPENDENT = (
@@ -465,7 +475,7 @@ def _changed_in_place(
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    if type(tree) is tuple and all(type(child) is Tensor for child in tree):
+    if type(tree) is tuple and {*map(type, tree)} == {Tensor}:
         return list(tree)  # the usual batch, and quicker
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -630,9 +640,14 @@ def _mean(accumulator: Accumulator) -> Any:
 # ── Control flow ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _hand_over(state: S, following: Callable[[S, bool], S], donate: bool, tracing: bool) -> S:
-    """Compute the state that follows, in the memory of the given one if that is allowed."""
-    donation = accept(state) if donate else None
+def _hand_over(
+    given: S, state: S, following: Callable[[S, bool], S], donate: bool, tracing: bool
+) -> S:
+    """Compute the state that follows, in the memory of the given one if that is allowed.
+
+    ``state`` is the given one, or a copy of it that has an accumulator.
+    """
+    donation = accept(given, state) if donate else None
     if donation is None:
         new = following(state, False)
         if not tracing:

@@ -349,6 +349,52 @@ def test_any_tree_of_parameters_can_be_donated(params):
     assert tree_equal(tree_leaves(params), tree_leaves(start))
 
 
+def test_parameters_put_into_the_state_of_a_donating_run_are_not_overwritten():
+    state = after(1)
+    for _ in range(2):
+        state = STEP(state, X, donate=True)
+    for mine in (FrozenDict(fresh_params()), after(1).params):
+        before = copied(mine)
+        with_mine = state = state.replace(params=mine)
+        with pt.lease(with_mine):
+            state = STEP(state, X, donate=True)
+            state = STEP(state, X, donate=True)
+            assert tree_equal(mine, before)
+    mine = FrozenDict(fresh_params())
+    leaves = list(mine.values())
+    state = state.replace(params=mine)
+    state = STEP(STEP(state, X, donate=True), X, donate=True)
+    assert tree_equal(leaves, list(fresh_params().values()))
+
+
+def test_a_skipped_step_does_not_make_foreign_tensors_its_own():
+    params = fresh_params()
+    step = pt.train_step(loss, OPTIMIZER, nonfinite="skip", draws=False)
+    skipped = step(create(params), X * float("nan"))
+    assert int(skipped.skipped) == 1
+    step(step(skipped, X, donate=True), X, donate=True)
+    assert tree_equal(params, fresh_params())
+
+
+def test_an_optimizer_that_hands_on_some_tensors_does_not_make_them_its_own():
+    """Such as one that trains two networks in turn; the first state keeps the idle one."""
+    inner = pt.optim.sgd(0.1)
+
+    def update(grads, state, params, *, donate=False):
+        name = ("weight", "bias")[int(state.count) % 2]
+        part, state = inner.update(
+            FrozenDict({name: grads[name]}), state, FrozenDict({name: params[name]}), donate=donate
+        )
+        return params | part, state
+
+    step = pt.train_step(loss, pt.optim.Optimizer(inner.init, update), draws=False)
+    first = step(create(optimizer=inner), X)
+    before = copied(first)
+    second = step(first, X)
+    step(step(second, X, donate=True), X, donate=True)
+    assert tree_equal(first, before)
+
+
 def test_tied_leaves_part_in_the_same_way_donated_or_not():
     weight = torch.tensor([1.0, 2.0])
 

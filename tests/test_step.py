@@ -889,6 +889,31 @@ def test_bad_precision_of_eval_step():
         pt.eval_step(lambda p, b, x, key: {}, precision="8")
 
 
+@pytest.mark.parametrize("leased", [False, True])
+def test_the_first_of_a_group_is_donated_like_every_other(leased):
+    step = train_step(linear_loss, pt.optim.sgd(0.1), accumulate=2)
+    state = linear_state()
+    lease = pt.lease(state) if leased else None
+    after = step(state, torch.ones(()), donate=True)
+    assert int(after.accumulator.count) == 1
+    if lease is not None:
+        assert int(state.step) == 0
+        assert state.accumulator is None
+    else:
+        for name in pt.TrainState._names:
+            with pytest.raises(DonatedStateError):
+                getattr(state, name)
+
+
+def test_flushing_nothing_gives_the_state_back():
+    step = train_step(linear_loss, pt.optim.sgd(0.1), accumulate=2)
+    state = step(step(linear_state(), torch.ones(())), torch.ones(()))
+    before = tree_map(torch.clone, state)
+    assert tree_equal(step.flush(step.flush(state), donate=True), before)
+    state = linear_state()
+    assert float(step.flush(state, donate=True).params["w"]) == 1.0
+
+
 def test_a_donated_state_is_refused_by_flush_and_eval_step():
     step = train_step(linear_loss, pt.optim.sgd(0.1), accumulate=2)
     state = step(linear_state(), torch.ones(()))
