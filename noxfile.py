@@ -153,6 +153,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def lightning(session: nox.Session) -> None:
+    """Compare the Lightning interface with the real pytorch-lightning, to the bit."""
+    install(session, "test", "lightning")
+    arguments = session.posargs or ["tests/lightning/test_against_lightning.py"]
+    session.run(PYTHON, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build; every warning is an error."""
     install(session, "docs")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puretrain.checkpoint import load, newest
+from puretrain.checkpoint.places import file_name, is_url, plain, shown
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.loop import Event, Observer, Reducer, Validation, fit, prepare
 from puretrain.state import TrainState
@@ -56,7 +57,7 @@ class Run(NamedTuple):
     validation: Validation | None = None
     """What to validate on, and when."""
     directory: str | os.PathLike[str] | None = None
-    """Where the checkpoints of the run are; needed to resume it."""
+    """Where the checkpoints of the run are, a path or a URL; needed to resume it."""
 
     def fit(self, resume: bool | str | os.PathLike[str] = False) -> TrainState:
         """Train to the end, from the beginning or from a checkpoint.
@@ -90,7 +91,7 @@ class Run(NamedTuple):
     def resumed(self, resume: bool | str | os.PathLike[str] = True) -> Run:
         """The same run with the state of a checkpoint; arguments and errors as for :meth:`fit`."""
         if not isinstance(resume, bool):
-            return self._from(_existing(Path(resume)))
+            return self._from(_existing(resume))
         if self.directory is None:
             if resume:
                 raise ConfigurationError(
@@ -103,21 +104,24 @@ class Run(NamedTuple):
             return self if path is None else self._from(path)
         if path is not None:
             raise ConfigurationError(
-                f"{os.fspath(self.directory)} has the checkpoints of an earlier run (the newest is "
-                f"{path.name}): resume it, or begin in another directory"
+                f"{shown(self.directory)} has the checkpoints of an earlier run (the newest is "
+                f"{file_name(path)}): resume it, or begin in another directory"
             )
         return self
 
-    def _from(self, path: Path) -> Run:
+    def _from(self, path: Path | str) -> Run:
         return self._replace(state=load(path, like=prepare(self.state, self.reducers)))
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_dir():
-        return path
+def _existing(path: str | os.PathLike[str]) -> Path | str:
+    is_file = file_name(path).endswith(".ckpt") if is_url(path) else not Path(plain(path)).is_dir()
+    if is_file:
+        return plain(path)
     found = newest(path)
     if found is None:
-        raise CheckpointError(f"{path} is a directory without a good checkpoint; name a file")
+        raise CheckpointError(
+            f"{shown(path)} is a directory without a good checkpoint; name a file"
+        )
     return found
 
 

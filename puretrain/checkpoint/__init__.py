@@ -6,6 +6,7 @@ Whatever is damaged raises :class:`~puretrain.errors.CheckpointError`. The bytes
 ``docs/checkpoint-format.md``.
 """
 
+from puretrain.checkpoint.conversion import convert
 from puretrain.checkpoint.file import (
     Found,
     find_checkpoint,
@@ -16,14 +17,19 @@ from puretrain.checkpoint.file import (
     verify,
 )
 from puretrain.checkpoint.format import Entry, Index
+from puretrain.checkpoint.partial import Checkpoint, load_part, open_checkpoint
 
 __all__ = [
+    "Checkpoint",
     "Entry",
     "Found",
     "Index",
+    "convert",
     "find_checkpoint",
     "load",
+    "load_part",
     "newest",
+    "open_checkpoint",
     "read_index",
     "save",
     "verify",

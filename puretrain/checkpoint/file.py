@@ -3,53 +3,93 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import datetime
-import errno
 import mmap as memory_map
 import os
-import secrets
-import stat
+import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 
+from puretrain.checkpoint.blocks import (
+    CHUNK,
+    SHARED,
+    check_digest,
+    coded,
+    digest,
+    fill,
+    open_block,
+    shared_place,
+    write_block,
+)
 from puretrain.checkpoint.format import (
     DTYPES,
     EMPTY,
     HEADER_LENGTH,
     STORED,
+    VERSION,
     Entry,
     Index,
+    aligned,
     decode_header,
     decode_index,
     encode_head,
     encode_index,
+    placed,
+    required,
+)
+from puretrain.checkpoint.places import (
+    Location,
+    file_name,
+    is_url,
+    join,
+    names,
+    parent,
+    reading,
+    replacing,
+    reported,
+    shown,
 )
 from puretrain.checkpoint.structure import Content, arrange, flatten, select
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.tree import FrozenDict, path_string, tensor_bytes, tree_leaves, tree_map
 
-__all__ = ["Found", "find_checkpoint", "load", "newest", "read_index", "save", "verify"]
+__all__ = [
+    "MIN_SHARED",
+    "Found",
+    "checkpoint_files",
+    "find_checkpoint",
+    "load",
+    "newest",
+    "opened",
+    "read_index",
+    "read_leaf",
+    "save",
+    "verify",
+    "write",
+]
 
-# Bytes are hashed while they are still in the processor's cache; a megabyte at a time is copied of
-# what is not in memory as it goes into the file. What is larger than the buffer bypasses it.
-_CHUNK = 1 << 18
-_PIECE = 1 << 20
-_BUFFER = 1 << 16
+MIN_SHARED = 1 << 16
+"""Smaller leaves are not worth a file of their own."""
 
 
 # ── Saving ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def save(
-    path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    compression: Literal["zstd"] | None = None,
 ) -> None:
     """Write a tree to a file, all of it or nothing.
 
@@ -63,10 +103,13 @@ def save(
     Tensors that are the same memory (tied weights) are written once and come back as one tensor.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file; an existing one is replaced. Or a URL that fsspec knows, such as
+            ``s3://bucket/a.ckpt``.
         tree: what to save, for example a :class:`~puretrain.TrainState`.
         metadata: further facts, to be found in ``read_index(path).metadata``: None, bool, int of 64
             bits, float, str, bytes, and lists and dicts of them.
+        compression: ``'zstd'`` compresses the tensors that get smaller by it (needs
+            ``puretrain[zstd]``); it takes longer than writing them.
 
     Raises:
         CheckpointError: a leaf can't be saved (names its path), or the file can't be written.
@@ -85,21 +128,124 @@ def save(
         puretrain.errors.CheckpointError: ...a.ckpt: hook is a builtins.builtin_function...
         >>> directory.cleanup()
     """
-    name = os.fspath(path)
+    write(path, tree, metadata or {}, compression=compression)
+
+
+def write(
+    path: Location,
+    tree: Any,
+    metadata: Mapping[str, Any],
+    *,
+    compression: Literal["zstd"] | None = None,
+    unchanged: Container[tuple[bytes, int]] = frozenset(),
+) -> Index:
+    """Save a tree, and what is unchanged in files of its own; see :func:`save`.
+
+    Args:
+        path: the file or URL.
+        tree: what to save.
+        metadata: further facts.
+        compression: as for :func:`save`.
+        unchanged: the checksums and lengths of leaves that are shared with other checkpoints in the
+            same directory.
+
+    Returns:
+        The index that was written.
+    """
+    if compression not in {None, "zstd"}:
+        raise ConfigurationError(f"compression is 'zstd' or None, not {compression!r}")
+    name = shown(path)
     entries, contents = flatten(tree, name)
-    writer = _writer()
-    length = len(encode_index(entries, metadata or {}, writer, name))
-    data_offset = len(encode_head(bytes(length), 0))
-    try:
-        with _replacing(Path(path)) as file:
-            file.seek(data_offset)
-            entries = _write_data(file, entries, contents)
-            data_length = file.tell() - data_offset
-            file.seek(0)
-            index = encode_index(entries, metadata or {}, writer, name)
-            file.write(encode_head(index, data_length))
-    except OSError as error:
-        raise CheckpointError(f"{name} can't be written: {_reason(error)}") from error
+    if compression:
+        entries = coded(entries, contents)
+    with reported(path, "written"):
+        if unchanged:
+            entries = _shared(path, entries, contents, unchanged)
+        writer = _writer()
+        if not is_url(path):
+            with replacing(path) as file:
+                return _write_file(file, entries, contents, metadata, writer, name)
+        # What is far away is written from the first byte to the last. The checksums in front need
+        # a first pass over the leaves, and compressed leaves a file here.
+        if required(entries) - {"shared"}:
+            with replacing(path) as file, tempfile.TemporaryFile() as near:
+                index = _write_file(near, entries, contents, metadata, writer, name)
+                near.seek(0)
+                shutil.copyfileobj(near, file, CHUNK)
+            return index
+        entries = [
+            entry if content is None or entry.shared else entry.replace(checksum=digest(content))
+            for entry, content in zip(entries, contents, strict=True)
+        ]
+        head, index = _head(entries, metadata, writer, name)
+        with replacing(path) as file:
+            file.write(head)
+            checksums = [entry.checksum for entry in _write_data(file, entries, contents)]
+            if checksums != [entry.checksum for entry in entries]:
+                raise CheckpointError(f"{name}: a tensor was changed while it was being saved")
+        return index
+
+
+def _write_file(
+    file: IO[bytes],
+    entries: list[Entry],
+    contents: Sequence[Content],
+    metadata: Mapping[str, Any],
+    writer: Mapping[str, Any],
+    name: str,
+) -> Index:
+    length = len(encode_index(entries, metadata, writer, name))
+    file.seek(len(encode_head(bytes(length), 0)))
+    entries = _write_data(file, entries, contents)
+    head, index = _head(entries, metadata, writer, name)
+    file.seek(0)
+    file.write(head)
+    return index
+
+
+def _head(
+    entries: Sequence[Entry], metadata: Mapping[str, Any], writer: Mapping[str, Any], name: str
+) -> tuple[bytes, Index]:
+    """Everything in front of the data, and the same as a value."""
+    data_length = max((e.offset + e.stored_nbytes for e in entries if e.is_placed), default=0)
+    head = encode_head(encode_index(entries, metadata, writer, name), data_length)
+    length = len(head) + data_length
+    return head, Index(VERSION, length, len(head), writer, metadata, tuple(entries))
+
+
+def _shared(
+    path: Location,
+    entries: Sequence[Entry],
+    contents: Sequence[Content],
+    unchanged: Container[tuple[bytes, int]],
+) -> list[Entry]:
+    """Put the leaves that are unchanged into files of their own, unless they are there already."""
+    there = set(names(join(parent(path), SHARED)))
+    found = []
+    for entry, content in zip(entries, contents, strict=True):
+        if content is not None and entry.nbytes >= MIN_SHARED:
+            checksum = digest(content)
+            if (checksum, entry.nbytes) in unchanged:
+                # Uncompressed: its length follows from the leaf, so that a cut one is found out.
+                entry = entry.replace(shared=True, offset=0, checksum=checksum, coding="")
+                _share(path, entry, content, there)
+        found.append(entry)
+    return placed(found)
+
+
+def _share(path: Location, entry: Entry, content: Tensor | bytes, there: set[str]) -> None:
+    place = shared_place(path, entry)
+    if entry.shared_name in there:
+        with reading(place) as (_, length):
+            if length == entry.nbytes:
+                return
+    with replacing(place) as file:
+        written = write_block(file, entry, content)
+        if written.checksum != entry.checksum:
+            raise CheckpointError(
+                f"{shown(path)}: {path_string(entry.keys)} was changed while it was being saved"
+            )
+    there.add(entry.shared_name)
 
 
 def _writer() -> dict[str, str]:
@@ -119,89 +265,12 @@ def _write_data(
     """Write the blocks one after the other; returns the entries with their checksums."""
     written, end = [], 0
     for entry, content in zip(entries, contents, strict=True):
-        if content is not None:
-            file.write(bytes(entry.offset - end))
-            hasher = xxhash.xxh3_128()
-            for piece in _pieces(content):
-                for start in range(0, len(piece), _CHUNK):
-                    chunk = piece[start : start + _CHUNK]
-                    hasher.update(chunk)
-                    file.write(chunk)
-            entry = entry.replace(checksum=hasher.digest())
-            end = entry.offset + entry.nbytes
+        if content is not None and not entry.shared:
+            file.write(bytes(aligned(end) - end))
+            entry = write_block(file, entry.replace(offset=aligned(end)), content)
+            end = entry.offset + entry.stored_nbytes
         written.append(entry)
     return written
-
-
-def _pieces(content: Tensor | bytes) -> Iterator[memoryview]:
-    """The bytes of a tensor in order; only what is not in memory like that is copied, in pieces."""
-    if isinstance(content, bytes):
-        yield memoryview(content)
-        return
-    tensor = content.detach()
-    as_it_is = (
-        tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg() or sys.byteorder == "big")
-    )
-    nbytes = tensor.numel() * tensor.element_size()
-    if as_it_is or nbytes <= _PIECE:
-        yield tensor_bytes(tensor)
-        return
-    if tensor.is_contiguous():
-        tensor = tensor.reshape(-1)
-    rows = _PIECE * len(tensor) // nbytes
-    for start in range(0, len(tensor), max(rows, 1)):
-        yield from _pieces(tensor[start : start + rows] if rows else tensor[start])
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of ``path`` when the block ends without an exception."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    _make_directory(path.parent)
-    temporary = path.with_name(f".puretrain-{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, 0o666)
-    try:
-        with open(descriptor, "wb", buffering=_BUFFER) as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    _sync_directory(path.parent)
-
-
-def _make_directory(path: Path) -> None:
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    if os.name == "nt":  # pragma: no cover - Windows has no such thing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't, and needn't, do this
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename is not None else ""
-    return (error.strerror or str(error)) + where
 
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
@@ -215,11 +284,12 @@ def load(
     mmap: bool = False,
     device: torch.device | str | None = None,
     checksums: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Read a checkpoint.
 
     Args:
-        path: the file.
+        path: the file, or a URL that fsspec knows.
         like: a tree with the node types of the result, for example a state that has not begun. The
             file must have the same leaves with the same dtypes and shapes, except below an open
             field of a record (see :func:`~puretrain.tree.field`): there it may have any, and what
@@ -236,11 +306,12 @@ def load(
         checksums: compare every leaf with its checksum. False leaves that out, which makes sense
             with ``mmap``: nothing but the index is then read now. Header and index are always
             checked.
+        dtype: convert floating-point tensors to this one.
 
     Raises:
         CheckpointError: the file can't be read, is damaged, or does not fit ``like``.
         PatternError: ``only`` matches no leaf.
-        ConfigurationError: both ``like`` and ``only`` are given.
+        ConfigurationError: both ``like`` and ``only`` are given, or a URL is to be mapped.
 
     Example:
         >>> import tempfile, puretrain as pt
@@ -256,8 +327,10 @@ def load(
     """
     if like is not None and only is not None:
         raise ConfigurationError("load takes a template (like=) or a pattern (only=), not both")
-    name = os.fspath(path)
-    with _reading(path) as (file, index):
+    if mmap and is_url(path):
+        raise ConfigurationError(f"{shown(path)} can't be mapped: it is no file of this machine")
+    name = shown(path)
+    with opened(path) as (file, index):
         entries = index.entries
         if only is None:
             tree, devices = arrange(entries, like, name)
@@ -268,11 +341,21 @@ def load(
         read = _map_blocks if mmap else _read_blocks
         contents: dict[int, Any] = {}
         whole = only is None  # a template asks for all blocks, too
-        for number, content in read(file, index, blocks, name, whole=whole, checksums=checksums):
+        for number, content in read(file, index, blocks, path, whole=whole, checksums=checksums):
             if isinstance(content, Tensor):
-                content = content.to(device or devices.get(number, "cpu"))
+                to = dtype if content.is_floating_point() else None
+                content = content.to(device or devices.get(number, "cpu"), to)
             contents[number] = content
     return tree_map(lambda number: _leaf(entries, number, contents), tree)
+
+
+def read_leaf(file: IO[bytes], index: Index, number: int, path: Location) -> Any:
+    """Read one leaf of an open checkpoint, and check it."""
+    holder = _holder(index.entries, number)
+    blocks = [holder] if index.entries[holder].kind in STORED else []
+    with reported(path, "read"):
+        contents = dict(_read_blocks(file, index, blocks, path, whole=False, checksums=True))
+    return _leaf(index.entries, number, contents)
 
 
 def _holder(entries: Sequence[Entry], number: int) -> int:
@@ -290,50 +373,79 @@ def _leaf(entries: Sequence[Entry], number: int, contents: Mapping[int, Any]) ->
 
 
 def _read_blocks(
-    file: IO[bytes], index: Index, blocks: Sequence[int], name: str, *, whole: bool, checksums: bool
+    file: IO[bytes],
+    index: Index,
+    blocks: Sequence[int],
+    path: Location,
+    *,
+    whole: bool,
+    checksums: bool,
 ) -> Iterator[tuple[int, Any]]:
     """Read blocks into memory of their own."""
-    position = index.data_offset
+    position, name = index.data_offset, shown(path)
     for number in blocks:
         entry = index.entries[number]
         start = index.data_offset + entry.offset
-        if whole:
+        if whole and entry.is_placed:
+            file.seek(position)
             _read_gap(file, position, start, name)
-        else:
-            file.seek(start)
-        position = start + entry.nbytes
+            position = start + entry.stored_nbytes
         content, view = _memory_for(entry)
         hasher = xxhash.xxh3_128()
-        for i in range(0, entry.nbytes, _CHUNK):
-            _fill(file, view[i : i + _CHUNK], name)
-            if checksums:
-                hasher.update(view[i : i + _CHUNK])
+        with open_block(file, index, entry, path) as source:
+            for i in range(0, entry.nbytes, CHUNK):
+                fill(source, view[i : i + CHUNK], name)
+                if checksums:
+                    hasher.update(view[i : i + CHUNK])
         if checksums:
-            _check_digest(hasher.digest(), entry, index, name)
+            _check(hasher.digest(), entry, index, path)
         yield number, _finished(content, entry, name)
 
 
+def _check(found: bytes, entry: Entry, index: Index, path: Location) -> None:
+    name = shown(shared_place(path, entry) if entry.shared else path)
+    start = 0 if entry.shared else index.data_offset + entry.offset
+    check_digest(found, entry.checksum, entry, name, start, entry.stored_nbytes)
+
+
 def _map_blocks(
-    file: IO[bytes], index: Index, blocks: Sequence[int], name: str, *, whole: bool, checksums: bool
+    file: IO[bytes],
+    index: Index,
+    blocks: Sequence[int],
+    path: Location,
+    *,
+    whole: bool,
+    checksums: bool,
 ) -> Iterator[tuple[int, Any]]:
     """Map blocks, as they lie in the file, into memory that is copied when it is written to."""
     mapped = memory_map.mmap(file.fileno(), index.file_length, access=memory_map.ACCESS_COPY)
     view = memoryview(mapped)
-    position = index.data_offset
+    position, name = index.data_offset, shown(path)
     for number in blocks:
         entry = index.entries[number]
         start = index.data_offset + entry.offset
-        if whole:
+        if whole and entry.is_placed:
             _check_gap(view[position:start], position, name)
-        position = start + entry.nbytes
+            position = start + entry.stored_nbytes
+        if entry.coding:
+            yield from _read_blocks(file, index, [number], path, whole=False, checksums=checksums)
+            continue
+        memory = mapped
+        if entry.shared and entry.nbytes:
+            with open_block(file, index, entry, path) as source:
+                memory, start = (
+                    memory_map.mmap(source.fileno(), entry.nbytes, access=memory_map.ACCESS_COPY),
+                    0,
+                )
+        block = memoryview(memory)[start : start + entry.nbytes]
         if checksums:
-            _check_digest(xxhash.xxh3_128_digest(view[start:position]), entry, index, name)
-        content: Any = view[start:position]
+            _check(xxhash.xxh3_128_digest(block), entry, index, path)
+        content: Any = block
         if entry.kind == "tensor":
             content = torch.empty(entry.shape if not entry.nbytes else 0, dtype=DTYPES[entry.dtype])
             if entry.nbytes:
                 # Not a view of another tensor, as it would be after frombuffer and reshape.
-                raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.nbytes, offset=start)
+                raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=start)
                 content.set_(raw.untyped_storage(), 0, entry.shape)
         yield number, _finished(content, entry, name)
 
@@ -375,24 +487,27 @@ def verify(path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the file can't be read or is damaged; says where.
     """
-    name = os.fspath(path)
-    with _reading(path) as (file, index):
-        scratch = memoryview(bytearray(_CHUNK))
+    name = shown(path)
+    with opened(path) as (file, index):
+        scratch = memoryview(bytearray(CHUNK))
         position = index.data_offset
         for entry in index.entries:
             if entry.kind not in STORED:
                 continue
-            start = index.data_offset + entry.offset
-            _read_gap(file, position, start, name)
-            position = start + entry.nbytes
+            if entry.is_placed:
+                start = index.data_offset + entry.offset
+                file.seek(position)
+                _read_gap(file, position, start, name)
+                position = start + entry.stored_nbytes
             hasher, decoder = xxhash.xxh3_128(), codecs.getincrementaldecoder("utf-8")()
-            for i in range(0, entry.nbytes, _CHUNK):
-                chunk = scratch[: min(entry.nbytes - i, _CHUNK)]
-                _fill(file, chunk, name)
-                hasher.update(chunk)
-                if entry.kind == "str":
-                    _decode(decoder.decode, entry, name, chunk, i + len(chunk) == entry.nbytes)
-            _check_digest(hasher.digest(), entry, index, name)
+            with open_block(file, index, entry, path) as source:
+                for i in range(0, entry.nbytes, CHUNK):
+                    chunk = scratch[: min(entry.nbytes - i, CHUNK)]
+                    fill(source, chunk, name)
+                    hasher.update(chunk)
+                    if entry.kind == "str":
+                        _decode(decoder.decode, entry, name, chunk, i + len(chunk) == entry.nbytes)
+            _check(hasher.digest(), entry, index, path)
 
 
 def read_index(path: str | os.PathLike[str]) -> Index:
@@ -411,49 +526,26 @@ def read_index(path: str | os.PathLike[str]) -> Index:
         ('w',) float32 (2, 3) 24
         >>> directory.cleanup()
     """
-    with _reading(path) as (_, index):
+    with opened(path) as (_, index):
         return index
 
 
-@contextlib.contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], Index]]:
+@contextmanager
+def opened(path: Location) -> Iterator[tuple[IO[bytes], Index]]:
     """Open a file and read its index; leaves the file at the beginning of the data."""
-    name = os.fspath(path)
-    try:
-        with open(path, "rb", buffering=0, opener=_opener) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{name} can't be read: it is no regular file")
-            start = file.read(HEADER_LENGTH)
-            header = decode_header(start, status.st_size, name)
-            # The lengths are known to fit the file by now, so this takes no more than it has.
-            content = bytearray(header.data_offset - HEADER_LENGTH)
-            _fill(file, content, name)
-            yield file, decode_index(bytes(content), header, name)
-    except OSError as error:
-        raise CheckpointError(f"{name} can't be read: {_reason(error)}") from error
-
-
-def _opener(path: str, flags: int) -> int:
-    # Opening a pipe would wait for its other end.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _fill(file: IO[bytes], buffer: bytearray | memoryview, name: str) -> None:
-    """Read as many bytes as a buffer holds."""
-    view = memoryview(buffer)
-    while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]  # an unbuffered file has it
-        if not count:
-            raise CheckpointError(
-                f"{name}: the file ends at byte {file.tell():,}: it became shorter while being read"
-            )
-        view = view[count:]
+    name = shown(path)
+    with reported(path, "read"), reading(path) as (file, size):
+        start = file.read(HEADER_LENGTH)
+        header = decode_header(start, size, name)
+        # The lengths are known to fit the file by now, so this takes no more than it has.
+        content = bytearray(header.data_offset - HEADER_LENGTH)
+        fill(file, content, name)
+        yield file, decode_index(bytes(content), header, name)
 
 
 def _read_gap(file: IO[bytes], start: int, end: int, name: str) -> None:
     gap = bytearray(end - start)
-    _fill(file, gap, name)
+    fill(file, gap, name)
     _check_gap(gap, start, name)
 
 
@@ -465,24 +557,15 @@ def _check_gap(gap: bytearray | memoryview, start: int, name: str) -> None:
         )
 
 
-def _check_digest(digest: bytes, entry: Entry, index: Index, name: str) -> None:
-    if digest != entry.checksum:
-        start = index.data_offset + entry.offset
-        raise CheckpointError(
-            f"{name}: {path_string(entry.keys)} (bytes {start:,} to {start + entry.nbytes:,}) is "
-            "damaged: its checksum is wrong"
-        )
-
-
 # ── Choosing ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Found(NamedTuple):
     """What :func:`find_checkpoint` found."""
 
-    path: Path | None
-    """The newest checkpoint that is whole, if there is one."""
-    damaged: tuple[tuple[Path, CheckpointError], ...]
+    path: Path | str | None
+    """The newest checkpoint that is whole, if there is one; at a URL, its URL."""
+    damaged: tuple[tuple[Path | str, CheckpointError], ...]
     """Those that are damaged and may be newer, and what is wrong with each."""
 
 
@@ -514,19 +597,14 @@ def find_checkpoint(directory: str | os.PathLike[str]) -> Found:
         ('9.ckpt', ['10.ckpt'])
         >>> directory.cleanup()
     """
-    try:
-        paths = [path for path in Path(directory).iterdir() if path.suffix == ".ckpt"]
-    except FileNotFoundError:
-        return Found(None, ())
-    except OSError as error:
-        raise CheckpointError(f"{os.fspath(directory)} can't be read: {_reason(error)}") from error
-    ages, damaged = [], []
+    ages: list[tuple[tuple[int, int], str]] = []
+    damaged: list[tuple[Path | str, CheckpointError]] = []
 
-    def note(path: Path, error: CheckpointError) -> None:
-        if path.exists():  # or else a run that goes on has deleted it by now
-            damaged.append((path, error))
+    def note(path: str, error: CheckpointError) -> None:
+        if file_name(path) in names(directory):  # or else a run that goes on has deleted it by now
+            damaged.append((_named(path), error))
 
-    for path in sorted(paths):
+    for path in [os.fspath(path) for path in checkpoint_files(directory)]:
         try:
             ages.append((_age(path), path))
         except CheckpointError as error:
@@ -537,17 +615,28 @@ def find_checkpoint(directory: str | os.PathLike[str]) -> Found:
         except CheckpointError as error:
             note(path, error)
         else:
-            return Found(path, tuple(damaged))
+            return Found(_named(path), tuple(damaged))
     return Found(None, tuple(damaged))
 
 
-def newest(directory: str | os.PathLike[str]) -> Path | None:
+def checkpoint_files(directory: str | os.PathLike[str]) -> list[Path | str]:
+    """The files in a directory that are named as checkpoints, by name; at a URL, their URLs.
+
+    Raises:
+        CheckpointError: the directory can't be read.
+    """
+    with reported(directory, "read"):
+        found = [name for name in names(directory) if name.endswith(".ckpt")]
+    return [_named(join(directory, name)) for name in found]
+
+
+def newest(directory: str | os.PathLike[str]) -> Path | str | None:
     """The newest checkpoint in a directory that is whole; see :func:`find_checkpoint`.
 
     Damaged checkpoints are passed over, with a warning that names each.
 
     Returns:
-        The path; None if there is none, or no directory either.
+        The path (at a URL, the URL); None if there is none, or no directory either.
 
     Raises:
         CheckpointError: the directory can't be read.
@@ -558,17 +647,19 @@ def newest(directory: str | os.PathLike[str]) -> Path | None:
     return found.path
 
 
-def _age(path: Path) -> tuple[int, int]:
+def _named(path: str) -> Path | str:
+    return path if is_url(path) else Path(path)
+
+
+def _age(path: str) -> tuple[int, int]:
     index = read_index(path)
     step = index.metadata.get("step")
     for leaf in index.leaves:
         if type(step) is not int and leaf.path == ("step",) and leaf.shape == ():
             value = load(path, only="step")["step"]
             step = int(value) if isinstance(value, int) or _is_integer(value) else None
-    try:
-        changed = path.stat().st_mtime_ns
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {_reason(error)}") from error
+    with reported(path, "read"):
+        changed = 0 if is_url(path) else os.stat(path).st_mtime_ns
     return (step if type(step) is int else -1), changed
 
 

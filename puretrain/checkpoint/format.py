@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack
@@ -51,9 +51,13 @@ DTYPES: Mapping[str, torch.dtype] = {
 """The element types that a file may have, by their names in the file."""
 
 STORED = frozenset({"tensor", "str", "bytes"})
-"""The kinds of entries that have bytes in the data."""
+"""The kinds of entries whose content is bytes, in the data or in a file of its own."""
 EMPTY = frozenset({"none", "map", "list"})
 """The kinds of entries that are no leaves."""
+FEATURES = frozenset({"shared", "zstd"})
+"""What an index may require of its reader; ``docs/checkpoint-format.md``."""
+# Zstandard makes 128 KiB of four bytes at best: no block can claim to hold more.
+MAX_EXPANSION = 1 << 15
 _VALUES: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int, bytes), "float": (float,)}
 
 
@@ -72,13 +76,42 @@ class Entry(Record):
     offset: int = field(static=True, default=0)
     """Where its bytes begin, counted from the beginning of the data."""
     nbytes: int = field(static=True, default=0)
-    """How many bytes it has in the data; none if it is tied or its value is in the index."""
+    """How many bytes it has; none if it is tied or its value is in the index."""
     checksum: bytes = field(static=True, default=b"")
     """XXH3-128 of these bytes."""
     value: bool | int | float | None = field(static=True, default=None)
     """The value of a bool, an int or a float."""
     tied_to: int | None = field(static=True, default=None)
     """For a tensor that occurs twice: the number of the entry that holds it."""
+    coding: str = field(static=True, default="")
+    """How the bytes are stored: ``zstd``, or empty for as they are."""
+    coded_nbytes: int = field(static=True, default=0)
+    """With a coding: how many bytes are stored."""
+    coded_checksum: bytes = field(static=True, default=b"")
+    """With a coding: XXH3-128 of what is stored."""
+    shared: bool = field(static=True, default=False)
+    """Whether the bytes are in a file beside this one, which other checkpoints use as well."""
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the bytes are in the data of this file."""
+        return self.kind in STORED and not self.shared
+
+    @property
+    def stored_nbytes(self) -> int:
+        """How many bytes are stored, here or in a shared file."""
+        return self.coded_nbytes if self.coding else self.nbytes
+
+    @property
+    def stored_checksum(self) -> bytes:
+        """XXH3-128 of the bytes that are stored, here or in a shared file."""
+        return self.coded_checksum if self.coding else self.checksum
+
+    @property
+    def shared_name(self) -> str:
+        """The name of the shared file: it follows from the content."""
+        suffix = self.coding or "raw"
+        return f"{self.checksum.hex()}-{self.nbytes}.{suffix}"
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -103,6 +136,11 @@ class Index(Record):
     """All leaves and all nodes without leaves, in the order of the tree."""
 
     @property
+    def requires(self) -> frozenset[str]:
+        """The features beyond version 1 that a reader must know."""
+        return required(self.entries)
+
+    @property
     def leaves(self) -> tuple[Entry, ...]:
         """The entries that are leaves."""
         return tuple(entry for entry in self.entries if entry.kind not in EMPTY)
@@ -125,10 +163,29 @@ def aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
+def placed(entries: Iterable[Entry]) -> list[Entry]:
+    """Give entries their places in the data, one after the other."""
+    found, end = [], 0
+    for entry in entries:
+        if entry.is_placed:
+            entry = entry.replace(offset=aligned(end))
+            end = entry.offset + entry.stored_nbytes
+        found.append(entry)
+    return found
+
+
+def required(entries: Iterable[Entry]) -> frozenset[str]:
+    """The features of :data:`FEATURES` that entries use."""
+    found = {entry.coding for entry in entries} | {
+        "shared" if entry.shared else "" for entry in entries
+    }
+    return frozenset(found - {""})
+
+
 def encode_index(
-    entries: Iterable[Entry], metadata: Mapping[str, Any], writer: Mapping[str, Any], name: str
+    entries: Sequence[Entry], metadata: Mapping[str, Any], writer: Mapping[str, Any], name: str
 ) -> bytes:
-    """Write an index; its length does not depend on the checksums.
+    """Write an index; its length does not depend on checksums, nor, with a coding, on places.
 
     Args:
         entries: in the order of the tree; without a checksum, zeros stand in its place.
@@ -140,8 +197,9 @@ def encode_index(
         CheckpointError: a limit is exceeded, or the metadata are not plain.
     """
     packed = []
+    needed = required(entries)
     for entry in entries:
-        packed.append(_pack(_entry_fields(entry)))
+        packed.append(_pack_entry(entry, wide=bool(needed - {"shared"})))
         if len(packed[-1]) > MAX_ENTRY_LENGTH:
             raise CheckpointError(
                 f"{name}: the path {path_string(entry.keys)[:80]}… is too long: its entry has "
@@ -157,7 +215,7 @@ def encode_index(
     content = b"".join(
         (
             packer.pack_map_header(4),
-            *(packer.pack("requires"), packer.pack([])),
+            *(packer.pack("requires"), packer.pack(sorted(needed))),
             *(packer.pack("writer"), packer.pack(writer)),
             *(packer.pack("metadata"), packed_metadata),
             *(packer.pack("entries"), packer.pack_array_header(len(packed)), *packed),
@@ -193,7 +251,11 @@ def _entry_fields(entry: Entry) -> dict[str, Any]:
         fields |= {"dtype": entry.dtype, "shape": entry.shape}
     if entry.kind in STORED:
         checksum = entry.checksum or bytes(CHECKSUM_LENGTH)
-        fields |= {"offset": entry.offset, "size": entry.nbytes, "xxh3": checksum}
+        place = {"shared": True} if entry.shared else {"offset": entry.offset}
+        fields |= {**place, "size": entry.nbytes, "xxh3": checksum}
+    if entry.coding:
+        fields |= {"coding": entry.coding, "coded_size": entry.coded_nbytes}
+        fields["coded_xxh3"] = entry.coded_checksum or bytes(CHECKSUM_LENGTH)
     if entry.kind in _VALUES:
         value: Any = entry.value
         if type(value) is int and not -(2**63) <= value < 2**64:
@@ -202,6 +264,20 @@ def _entry_fields(entry: Entry) -> dict[str, Any]:
     if entry.kind == "tied":
         fields["to"] = entry.tied_to
     return fields
+
+
+def _pack_entry(entry: Entry, *, wide: bool) -> bytes:
+    fields = _entry_fields(entry)
+    if not wide:
+        return _pack(fields)
+    # How well something compresses is known when it has been written, but the index stands in front
+    # and must have its length before.
+    packed: bytes = msgpack.Packer().pack_map_header(len(fields))
+    for key, value in fields.items():
+        packed += _pack(key)
+        is_wide = key in {"offset", "coded_size"}
+        packed += b"\xcf" + value.to_bytes(8, "big") if is_wide else _pack(value)
+    return packed
 
 
 def _pack(value: Any) -> bytes:
@@ -340,6 +416,8 @@ def decode_index(content: bytes, header: Header, name: str) -> Index:
     try:
         found = _unpack_index(content)
         entries = _decode_entries(found["entries"])
+        if required(entries) != set(found["requires"]):
+            raise ValueError("what it requires is not what its entries use")
         nest(entries)
         _check_placement(entries, header)
     except (ValueError, OverflowError, msgpack.UnpackException) as error:
@@ -390,12 +468,14 @@ def _unpack_index(content: bytes) -> dict[str, Any]:
         found[key] = None
         if key == "requires":
             needed = take(key, MAX_ENTRY_LENGTH, list)
-            if needed:
-                shown = ", ".join(map(str, needed[:8]))
+            unknown = [x for x in needed if type(x) is not str or x not in FEATURES]
+            if unknown:
+                shown = ", ".join(map(str, unknown[:8]))
                 raise ValueError(
                     f"reading it requires {shown}, which this puretrain does not know; "
                     "install a newer one"
                 )
+            found[key] = needed
         elif key in {"writer", "metadata"}:
             found[key] = take(key, MAX_METADATA_LENGTH, dict)
         elif key == "entries":
@@ -465,11 +545,10 @@ def _decode_entry(fields: dict[str, Any], before: Sequence[Entry]) -> Entry:
         return Entry(keys, kind, held.dtype, held.shape, tied_to=target)
     if kind not in STORED:
         raise ValueError(f"{path_string(keys)} is of the kind {kind!r:.80}, which is not known")
-    offset, nbytes, checksum = take("offset", int), take("size", int), take("xxh3", bytes)
-    if len(checksum) != CHECKSUM_LENGTH:
-        raise ValueError(f"{path_string(keys)} has a checksum of {len(checksum)} bytes")
+    nbytes, checksum, extra = _decode_stored(fields, keys, take)
+    offset = 0 if extra["shared"] else take("offset", int)
     if kind != "tensor":
-        return Entry(keys, kind, kind, (), offset, nbytes, checksum)
+        return Entry(keys, kind, kind, (), offset, nbytes, checksum, **extra)
     dtype, shape = take("dtype", str), tuple(take("shape", list))
     if dtype not in DTYPES:
         raise ValueError(f"{path_string(keys)} has the unknown dtype {dtype!r:.80}")
@@ -479,21 +558,42 @@ def _decode_entry(fields: dict[str, Any], before: Sequence[Entry]) -> Entry:
     # the strides of an empty tensor must not overflow either
     if math.prod(max(n, 1) for n in shape) * width >= 2**63 or nbytes != math.prod(shape) * width:
         raise ValueError(f"{path_string(keys)}: {dtype} of shape {shape} in {nbytes:,} bytes")
-    return Entry(keys, kind, dtype, shape, offset, nbytes, checksum)
+    return Entry(keys, kind, dtype, shape, offset, nbytes, checksum, **extra)
+
+
+def _decode_stored(
+    fields: dict[str, Any], keys: tuple[str | int, ...], take: Callable[..., Any]
+) -> tuple[int, bytes, dict[str, Any]]:
+    nbytes, checksum = take("size", int), take("xxh3", bytes)
+    extra: dict[str, Any] = {"shared": "shared" in fields and take("shared", bool)}
+    if "coding" in fields:
+        extra |= {"coding": take("coding", str), "coded_nbytes": take("coded_size", int)}
+        extra["coded_checksum"] = take("coded_xxh3", bytes)
+        if extra["coding"] not in FEATURES - {"shared"}:
+            raise ValueError(f"{path_string(keys)} has the coding {extra['coding']!r:.80}")
+        if not 0 < nbytes <= extra["coded_nbytes"] * MAX_EXPANSION:
+            raise ValueError(
+                f"{path_string(keys)}: {nbytes:,} bytes in {extra['coded_nbytes']:,} compressed"
+            )
+    if any(len(x) != CHECKSUM_LENGTH for x in (checksum, extra.get("coded_checksum", checksum))):
+        raise ValueError(f"{path_string(keys)} has a checksum of another length")
+    return nbytes, checksum, extra
 
 
 def _check_placement(entries: Iterable[Entry], header: Header) -> None:
     # Every byte of the file then belongs to exactly one block, or to a gap that must be zero.
     end, length = 0, header.file_length - header.data_offset
     for entry in entries:
-        if entry.kind not in STORED:
+        if entry.kind in STORED and entry.nbytes < 0:
+            raise ValueError(f"{path_string(entry.keys)} has {entry.nbytes:,} bytes")
+        if not entry.is_placed:
             continue
-        if entry.offset % ALIGNMENT or not 0 <= entry.offset - end < MAX_GAP or entry.nbytes < 0:
+        if entry.offset % ALIGNMENT or not 0 <= entry.offset - end < MAX_GAP:
             raise ValueError(
                 f"{path_string(entry.keys)} has {entry.nbytes:,} bytes from byte {entry.offset:,} "
                 f"of the data on, where the block before ends at {end:,}"
             )
-        end = entry.offset + entry.nbytes
+        end = entry.offset + entry.stored_nbytes
         if end > length:
             raise ValueError(
                 f"{path_string(entry.keys)} ends at byte {end:,} of the {length:,} bytes of data"

@@ -17,11 +17,10 @@ from puretrain.checkpoint.format import (
     MAX_DEPTH,
     MAX_DIMENSIONS,
     MAX_INTEGER_LENGTH,
-    STORED,
     Entry,
-    aligned,
     is_text,
     nest,
+    placed,
 )
 from puretrain.errors import CheckpointError
 from puretrain.tree import FrozenDict, Path, Record, match_paths, path_string
@@ -51,7 +50,6 @@ def flatten(tree: Any, name: str) -> tuple[list[Entry], list[Content]]:
     entries: list[Entry] = []
     contents: list[Content] = []
     held: dict[Any, int] = {}
-    end = 0
     for keys, leaf in _walk(tree, (), name):
         entry, content = _entry(keys, leaf, name)
         if isinstance(content, Tensor):
@@ -60,12 +58,9 @@ def flatten(tree: Any, name: str) -> tuple[list[Entry], list[Content]]:
             if number < len(entries):
                 entry = Entry(keys, "tied", entry.dtype, entry.shape, tied_to=number)
                 content = None
-        if entry.kind in STORED:
-            entry = entry.replace(offset=aligned(end))
-            end = entry.offset + entry.nbytes
         entries.append(entry)
         contents.append(content)
-    return entries, contents
+    return placed(entries), contents
 
 
 def _walk(node: Any, keys: tuple[str | int, ...], name: str) -> Iterator[tuple[Any, Any]]:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from puretrain.checkpoint import Entry, Index, find_checkpoint, load, read_index, verify
+from puretrain.checkpoint.file import checkpoint_files
+from puretrain.checkpoint.places import is_url, join, shown
+from puretrain.checkpoint.store import repair
 from puretrain.cli.output import (
     format_bytes,
     format_number,
@@ -59,7 +62,8 @@ examples:
   puretrain verify runs/digits/step_00000100.ckpt
   puretrain verify runs
 
-exit status: 0 if all are good, 1 if one is damaged, 2 after an error
+exit status: 0 if all are good (or, with --repair, are set aside), 1 if one is damaged, 2 after an
+error
 """
 
 
@@ -88,19 +92,28 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     diff.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
     check = add("verify", _verify, "check that checkpoints are whole", _VERIFY, _VERIFY_EXAMPLES)
     check.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a checkpoint or a directory")
+    check.add_argument(
+        "--repair",
+        action="store_true",
+        help="set damaged entries of directories aside, as *.ckpt.damaged, and clean up",
+    )
     return [inspect, diff, check]
 
 
-def _checkpoint(name: str) -> Path:
-    path = Path(name)
-    if not path.is_dir():
+def _checkpoint(name: str) -> Path | str:
+    if is_url(name) and name.endswith(".ckpt"):
+        return name
+    path: Path | str = name if is_url(name) else Path(name)
+    if isinstance(path, Path) and not path.is_dir():
         return path
     found = find_checkpoint(path)
     for passed, error in found.damaged:
-        text = printable(f"puretrain: skipped the damaged {passed}: {one_line(error)}")
+        text = printable(f"puretrain: skipped the damaged {shown(passed)}: {one_line(error)}")
         print(text, file=sys.stderr, flush=True)
     if found.path is None:
-        raise CheckpointError(f"{path} is a directory without a good checkpoint; name a file")
+        raise CheckpointError(
+            f"{shown(path)} is a directory without a good checkpoint; name a file"
+        )
     return found.path
 
 
@@ -125,7 +138,7 @@ def _inspect(options: argparse.Namespace) -> int:
         about = {"path": path, "version": index.version, "writer": dict(index.writer)}
         write_json({**about, "metadata": dict(index.metadata), "total": total, "leaves": leaves})
         return 0
-    write(printable(str(path)))
+    write(printable(shown(path)))
     written = ", ".join(f"{key} {value}" for key, value in index.writer.items())
     write(printable(f"format {index.version}, {written}"))
     for key, value in index.metadata.items():
@@ -167,9 +180,9 @@ def _describe(entry: Entry, index: Index) -> dict[str, Any]:
     return described
 
 
-def _statistics(path: Path, only: str | None) -> dict[TreePath, dict[str, float]]:
+def _statistics(path: Path | str, only: str | None) -> dict[TreePath, dict[str, float]]:
     """Smallest, largest, mean and Euclidean norm of the numeric leaves, in float64."""
-    tree = load(path, only=only, mmap=True)
+    tree = load(path, only=only, mmap=not is_url(path))
     found = {}
     for place, leaf in zip(tree_paths(tree), tree_leaves(tree), strict=True):
         if not isinstance(leaf, Tensor) or not leaf.numel() or leaf.is_complex():
@@ -215,7 +228,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    results: list[tuple[Path, str | None]] = []
+    results: list[tuple[Path | str, str | None]] = []
     for path in _files(options.checkpoints):
         try:
             verify(path)
@@ -224,14 +237,50 @@ def _verify(options: argparse.Namespace) -> int:
             results.append((path, one_line(error)))
         if not options.json:  # reading gigabytes takes a while: show each when it is known
             reason = results[-1][1]
-            write(printable(f"ok       {path}" if reason is None else f"DAMAGED  {reason}"))
+            write(printable(f"ok       {shown(path)}" if reason is None else f"DAMAGED  {reason}"))
+    repaired = _repair(options) if options.repair else []
     if options.json:
-        write_json([{"path": path, "ok": not why, "reason": why} for path, why in results])
+        write_json(
+            [
+                {"path": path, "ok": not why, "reason": why, "repaired": path in repaired}
+                for path, why in results
+            ]
+        )
+        return 1 if any(why for path, why in results if path not in repaired) else 0
+    if options.repair:
+        return 1 if any(why for path, why in results if path not in repaired) else 0
     return 1 if any(why for _, why in results) else 0
 
 
-def _files(names: Iterable[str]) -> Iterator[Path]:
-    for name in names:
+def _repair(options: argparse.Namespace) -> list[Path | str]:
+    """Repair each directory that has entries of a run; returns what was set aside."""
+    aside: list[Path | str] = []
+    for name in options.checkpoints:
+        if is_url(name):
+            directories = set() if name.endswith(".ckpt") else {name}
+        elif Path(name).is_dir():
+            directories = {str(path.parent) for path in Path(name).rglob("step_*.ckpt")}
+        else:
+            continue
+        for directory in sorted(directories):
+            for problem in repair(directory):
+                place = join(directory, problem.name)
+                if problem.cure == "set aside":
+                    aside.append(place if is_url(place) else Path(place))
+                if not options.json:
+                    where = printable(shown(place))
+                    write(f"repaired {where}: {problem.cure}: {printable(problem.reason)}")
+    return aside
+
+
+def _files(given: Iterable[str]) -> Iterator[Path | str]:
+    for name in given:
+        if is_url(name):
+            found = [name] if name.endswith(".ckpt") else checkpoint_files(name)
+            if not found:
+                raise CheckpointError(f"there is no checkpoint (*.ckpt) in {shown(name)}")
+            yield from found
+            continue
         path = Path(name)
         if not path.is_dir():
             yield path

@@ -1,0 +1,344 @@
+"""From and to other people's files: safetensors, torch.save, Lightning, numpy.
+
+Nothing in a file is run or imported: pickles are read with torch's ``weights_only``, arrays without
+objects.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puretrain.checkpoint.file import load, read_index, save
+from puretrain.checkpoint.format import MAGIC
+from puretrain.checkpoint.partial import renamed
+from puretrain.checkpoint.places import Location, is_url, plain, reading, replacing, reported, shown
+from puretrain.errors import CheckpointError, ConfigurationError
+from puretrain.tree import match_paths, path_string, tree_cast, tree_leaves, tree_paths
+
+__all__ = ["convert", "read_foreign"]
+
+_TORCH = (".pt", ".pth", ".bin")
+_KNOWN = (".ckpt", ".safetensors", ".npz", *_TORCH)
+# A state dict does not say which of its tensors are buffers. These names are BatchNorm's.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def convert(
+    source: Location,
+    target: Location,
+    *,
+    only: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    compression: Literal["zstd"] | None = None,
+) -> None:
+    """Write a checkpoint in another format; the names of the files say which.
+
+    ``.ckpt`` is ours (as a source also Lightning's), ``.safetensors`` (needs
+    ``puretrain[safetensors]``), ``.npz`` is numpy's, and ``.pt``, ``.pth``, ``.bin`` are state
+    dicts of ``torch.save``.
+
+    The other formats hold tensors by name. Out of a checkpoint with ``params`` they get these and
+    the ``buffers``, named as the module names them. With ``only`` they get the leaves that match,
+    by their full paths. Read back, such paths make a tree again; names without a path become
+    ``params``, BatchNorm's running statistics and what is no floating-point tensor ``buffers``. A
+    Lightning checkpoint gives its ``state_dict`` as these and, if its optimizer is one Adam, the
+    state of that as ``opt_state``.
+
+    From ``.ckpt`` to ``.ckpt`` the tree stays as it is, and shares nothing with other files.
+
+    Args:
+        source: what to read.
+        target: what to write, atomically; an existing file is replaced.
+        only: take the leaves whose paths in the source match this pattern.
+        rename: other names for leaves, as for :func:`puretrain.load_part`; the patterns match the
+            names in the file that is not ours, if one is.
+        dtype: convert floating-point tensors to this one.
+        compression: as for :func:`puretrain.save`, if the target is ours.
+
+    Raises:
+        CheckpointError: the source can't be read, is damaged, or holds what the target can't.
+        ConfigurationError: a suffix is not known, or a package is missing.
+        PatternError: a pattern matches nothing.
+
+    Example:
+        >>> import tempfile, puretrain as pt
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> a, b = f"{directory.name}/a.ckpt", f"{directory.name}/b.npz"
+        >>> save(a, {"params": {"layer.weight": torch.ones(2)}, "step": 7})
+        >>> convert(a, b)
+        >>> list(np.load(b))
+        ['layer.weight']
+        >>> directory.cleanup()
+    """
+    suffix = _suffix(target)
+    ours = _is_ours(source)
+    tree = load(source) if ours else read_foreign(source, rename)
+    rename = rename if ours else None  # that is done
+    if dtype is not None:
+        tree = tree_cast(tree, dtype)
+    if suffix == ".ckpt" and only is None and not rename:
+        metadata = dict(read_index(source).metadata) if ours else {"source": shown(source)}
+        save(target, tree, metadata=metadata, compression=compression)
+        return
+    paths = tree_paths(tree)
+    leaves = {path_string(p): leaf for p, leaf in zip(paths, tree_leaves(tree), strict=True)}
+    if only is not None:
+        leaves = {path_string(p): leaves[path_string(p)] for p in match_paths(only, paths)}
+    elif suffix != ".ckpt":
+        leaves = _model(leaves, shown(source))
+    leaves = _renamed(leaves, rename)
+    if suffix == ".ckpt":
+        save(target, _nested(leaves), metadata={"source": shown(source)}, compression=compression)
+    else:
+        _write_foreign(target, suffix, leaves)
+
+
+def _suffix(path: Location) -> str:
+    suffix = os.path.splitext(plain(path))[1].lower()
+    if suffix not in _KNOWN:
+        raise ConfigurationError(
+            f"{shown(path)}: the suffix {suffix!r} is not known; there are {', '.join(_KNOWN)}"
+        )
+    return suffix
+
+
+def _is_ours(path: Location) -> bool:
+    with reported(path, "read"), reading(path) as (file, _):
+        return bool(file.read(len(MAGIC)) == MAGIC)
+
+
+def _model(leaves: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Parameters and buffers by the names that the module has for them."""
+    found: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        top, _, rest = path.partition("/")
+        if top in {"params", "buffers"} and rest:
+            if rest in found:
+                raise CheckpointError(f"{name}: {rest} is a parameter and a buffer; use only=")
+            found[rest] = leaf
+    if not found:
+        raise CheckpointError(f"{name} has no params to convert; say with only= which leaves")
+    return found
+
+
+# ── Reading ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_foreign(path: Location, rename: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Read a file of another format as a tree; see :func:`convert`.
+
+    Raises:
+        CheckpointError: the file can't be read, or holds something else than tensors by name.
+        ConfigurationError: the suffix is not known, or a package is missing.
+    """
+    name, suffix = shown(path), _suffix(path)
+    with reported(path, "read"):
+        if suffix == ".safetensors":
+            return _nested(_read_safetensors(path), rename)
+        if suffix == ".npz":
+            return _nested(_read_npz(path), rename)
+        with reading(path) as (file, _):
+            try:
+                content = torch.load(cast(Any, _seekable(file, path)), "cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                reason = str(error).strip().splitlines()
+                told = next((line for line in reason if "Unsupported" in line), reason[0])
+                raise CheckpointError(
+                    f"{name} holds more than tensors and plain values, and reading that could run "
+                    f"code: {told.strip()}. Save its state_dict() alone, where it was made"
+                ) from None
+            except (RuntimeError, EOFError, ValueError) as error:
+                raise CheckpointError(f"{name} is no file of torch.save: {error}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        return _from_lightning(content, name, rename)
+    return _nested(_tensors(content, name), rename)
+
+
+def _seekable(file: Any, path: Location) -> Any:
+    return io.BytesIO(file.read()) if is_url(path) else file
+
+
+def _tensors(content: Any, name: str) -> dict[str, Tensor]:
+    found = {}
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{name} holds a {type(content).__name__}, not tensors by name as a state_dict() is"
+        )
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name}: {key!r} is a {type(value).__name__}, not a tensor with a name; "
+                "take the state_dict() of the model out of it"
+            )
+        found[key] = value.detach()
+    return found
+
+
+def _read_safetensors(path: Location) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    try:
+        if not is_url(path):
+            return dict(safetensors.torch.load_file(plain(path)))
+        with reading(path) as (file, _):
+            return dict(safetensors.torch.load(file.read()))
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{shown(path)} can't be read: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ConfigurationError(
+            ".safetensors needs the package safetensors: pip install 'puretrain[safetensors]'"
+        ) from error
+    return safetensors
+
+
+def _read_npz(path: Location) -> dict[str, Tensor]:
+    found = {}
+    with reading(path) as (file, _):
+        try:
+            with np.load(cast(Any, _seekable(file, path)), allow_pickle=False) as arrays:
+                for key in arrays.files:
+                    array = arrays[key]
+                    found[key] = torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))
+        except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{shown(path)} can't be read: {error}") from error
+    return found
+
+
+def _renamed(leaves: Mapping[str, Any], rename: Mapping[str, str] | None) -> dict[str, Any]:
+    return {new: leaves[old] for new, old in renamed(leaves, rename or {}).items()}
+
+
+def _nested(leaves: Mapping[str, Any], rename: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A tree of dicts out of paths; names without a path become parameters and buffers."""
+    leaves = _renamed(leaves, rename)
+    if not any("/" in name for name in leaves):
+        return _divided(leaves)
+    top: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *above, last = name.split("/")
+        node = top
+        for key in above:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{name}: a leaf of that name is in the way at {key!r}")
+        if last in node:
+            raise CheckpointError(f"{name} is a leaf and has leaves below it")
+        node[last] = leaf
+    return top
+
+
+def _divided(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    def is_buffer(name: str, leaf: Any) -> bool:
+        inexact = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        return not inexact or name.rpartition(".")[2] in _BUFFERS
+
+    buffers = {name: leaf for name, leaf in leaves.items() if is_buffer(name, leaf)}
+    params = {name: leaf for name, leaf in leaves.items() if name not in buffers}
+    return {"params": params, "buffers": buffers}
+
+
+# ── Lightning ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _from_lightning(
+    content: Mapping[str, Any], name: str, rename: Mapping[str, str] | None
+) -> dict[str, Any]:
+    tree = _divided(_renamed(_tensors(content["state_dict"], name), rename))
+    tree["step"] = torch.tensor(int(content.get("global_step", 0)))
+    optimizers = content.get("optimizer_states") or []
+    if optimizers:
+        state = _optimizer_state(optimizers, tree["params"])
+        if isinstance(state, str):
+            warnings.warn(f"{name}: the optimizer's state is left out: {state}", stacklevel=4)
+        else:
+            tree["opt_state"] = state
+    return tree
+
+
+def _optimizer_state(
+    optimizers: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]
+) -> dict[str, Any] | str:
+    """The state of torch's Adam or SGD in the names that ours have, or why that can't be."""
+    if len(optimizers) != 1:
+        return f"there are {len(optimizers)} optimizers"
+    state, groups = optimizers[0].get("state", {}), optimizers[0].get("param_groups", [])
+    numbers = [number for group in groups for number in group.get("params", [])]
+    if len(numbers) != len(params) or sorted(numbers) != list(range(len(params))):
+        return f"it has {len(numbers)} parameters, and the model {len(params)}"
+    slots: dict[str, dict[str, Tensor]] = {}
+    steps: list[float] = []
+    for number, (name, param) in enumerate(params.items()):
+        memory = dict(state.get(number, {}))
+        steps.append(float(memory.pop("step", 0)))
+        for slot, value in memory.items():
+            if not isinstance(value, Tensor) or value.shape != param.shape:
+                return f"{slot} of parameter {number} does not fit {name}"
+            slots.setdefault(slot, {})[name] = value
+    if any(len(slot) != len(params) for slot in slots.values()):
+        return "some parameters have no state yet"
+    if {"exp_avg", "exp_avg_sq"} <= slots.keys() <= {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
+        count, step = torch.tensor(int(max(steps))), torch.tensor(steps, dtype=torch.float32)
+        return {"count": count, "step": step, "max_exp_avg_sq": None, **slots}
+    return f"it is of another kind than Adam: {', '.join(slots) or 'nothing'}"
+
+
+# ── Writing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write_foreign(path: Location, suffix: str, leaves: Mapping[str, Any]) -> None:
+    name = shown(path)
+    tensors: dict[str, Tensor] = {}
+    for key, leaf in leaves.items():
+        if not isinstance(leaf, Tensor):
+            raise CheckpointError(
+                f"{name}: {key} is a {type(leaf).__name__}; {suffix} holds tensors alone: choose "
+                "others with only="
+            )
+        tensors[key] = leaf.detach().contiguous()
+    with reported(path, "written"):
+        if suffix == ".safetensors":
+            safetensors = _safetensors()
+            try:
+                # tied tensors are written twice, as safetensors wants it
+                content = safetensors.torch.save(
+                    {key: tensor.clone() for key, tensor in tensors.items()}, {"format": "pt"}
+                )
+            except (safetensors.SafetensorError, KeyError, ValueError) as error:
+                raise CheckpointError(f"{name} can't be written: {error}") from error
+            with replacing(path) as file:
+                file.write(content)
+        elif suffix == ".npz":
+            _write_npz(path, tensors)
+        else:
+            with replacing(path) as file:
+                torch.save(tensors, file)
+
+
+def _write_npz(path: Location, tensors: Mapping[str, Tensor]) -> None:
+    arrays = {}
+    for key, tensor in tensors.items():
+        try:
+            arrays[key] = tensor.resolve_conj().resolve_neg().numpy()
+        except TypeError:
+            raise CheckpointError(
+                f"{shown(path)}: numpy has no {tensor.dtype}, as {key} is; convert it with dtype="
+            ) from None
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for key, array in arrays.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(cast(Any, member), array, allow_pickle=False)

@@ -1,0 +1,75 @@
+"""``puretrain convert``: from and to other people's files."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from puretrain.checkpoint import convert
+from puretrain.cli.output import printable, write, write_json
+from puretrain.errors import ConfigurationError
+
+__all__ = ["add_commands"]
+
+_CONVERT = """\
+Write a checkpoint in another format. The suffixes say which: .ckpt (ours; also Lightning's, to
+read), .safetensors, .npz, and .pt, .pth or .bin for state dicts of torch.save. The other formats
+get params and buffers, or with --only the leaves that match. Nothing in a file is run or imported.
+"""
+_CONVERT_EXAMPLES = """\
+examples:
+  puretrain convert runs/digits/step_00000100.ckpt digits.safetensors
+  puretrain convert lightning.ckpt start.ckpt
+  puretrain convert model.safetensors start.ckpt --rename 'encoder.**=params/backbone.**'
+"""
+_DTYPES = {"float16", "bfloat16", "float32", "float64"}
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="from and to safetensors, torch, Lightning and numpy",
+        description=_CONVERT,
+        epilog=_CONVERT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_convert, foreign_code=False)
+    parser.add_argument("source", metavar="A", help="what to read")
+    parser.add_argument("target", metavar="B", help="what to write")
+    parser.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
+    parser.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="PATTERN=PATTERN",
+        help="other names for the leaves that match; may be repeated",
+    )
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of floating-point tensors")
+    parser.add_argument("--compression", choices=["zstd"], help="compress B, a .ckpt")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return [parser]
+
+
+def _convert(options: argparse.Namespace) -> int:
+    rename = {}
+    for text in options.rename:
+        pattern, equals, target = text.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--rename takes PATTERN=PATTERN, not {text!r}")
+        rename[pattern] = target
+    convert(
+        options.source,
+        options.target,
+        only=options.only,
+        rename=rename,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        compression=options.compression,
+    )
+    if options.json:
+        write_json({"source": options.source, "target": options.target})
+    else:
+        write(printable(f"{options.source} -> {options.target}"))
+    return 0
