@@ -24,7 +24,7 @@ from torch import Tensor
 from puretrain.errors import ConfigurationError, NonFiniteError
 from puretrain.loop import Event, Reducer
 from puretrain.optim import get_hyperparams, set_hyperparams
-from puretrain.state import TrainState, is_leased
+from puretrain.state import TrainState, reserve, unreserve
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -256,7 +256,8 @@ def _first_average(state: TrainState, with_buffers: bool) -> Average:
 def _move(state: S, name: str, memory: Average, weight: float, donate: bool) -> S:
     """Move an average towards the state's parameters by a weight; the first of a mean is a copy."""
     transformed = under_transform()
-    donate = donate and not transformed and not is_leased(memory)
+    reserved = reserve(memory) if donate and not transformed else None
+    donate = reserved is not None
     before = (memory.params, memory.buffers)
     current = (state.params, None if memory.buffers is None else state.buffers)
     old, structure = tree_flatten(before)
@@ -285,10 +286,11 @@ def _move(state: S, name: str, memory: Average, weight: float, donate: bool) -> 
         ]
     params, buffers = tree_unflatten(structure, old)
     after = Average(params, buffers, memory.count + 1, state.updates)
-    if donate:
+    if reserved is not None:
         reason = f"the reducer {name!r} has moved its average on in place"
         for node in nodes(memory):
             invalidate(node, reason)
+        unreserve(reserved)
     return _remember(state, name, after)
 
 

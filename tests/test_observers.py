@@ -487,7 +487,9 @@ def test_a_file_that_is_no_log_is_left_alone(kind, content, line, tmp_path):
 
 def saved(directory):
     """The steps of the checkpoints in a directory."""
-    names = sorted(path.name for path in Path(directory).iterdir())
+    first, *names = sorted(path.name for path in Path(directory).iterdir())
+    assert first == "LATEST"
+    assert Path(directory, first).read_text().strip() == names[-1]
     assert all(re.fullmatch(r"step_\d{8}\.ckpt", name) for name in names), names
     return [int(name[5:13]) for name in names]
 
@@ -596,9 +598,10 @@ def test_checkpoints_ahead_of_the_run_are_set_aside(tmp_path):
     (tmp_path / "other.ckpt").write_bytes(b"not ours")
     contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     state = pt.load(tmp_path / "step_00000008.ckpt", like=run()["state"])
-    with pytest.warns(UserWarning, match="2 checkpoints of steps after 8.*step_00000016.ckpt"):
+    with pytest.warns(UserWarning, match="2 checkpoints of steps after 8.*step 16"):
         pt.fit(**run(state=state, epochs=3), observers=[pt.checkpoints(tmp_path, every=4)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "LATEST",
         "other.ckpt",
         "step_00000004.ckpt",
         "step_00000008.ckpt",

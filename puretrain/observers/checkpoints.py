@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import sys
 import time
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
 
-from puretrain.checkpoint import save
-from puretrain.errors import ConfigurationError
+import torch
+
+from puretrain.checkpoint import store
+from puretrain.checkpoint.places import plain
+from puretrain.checkpoint.writer import Job, Writer
+from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.loop import Event, Observer
+from puretrain.observers.preemption import Preemption
 from puretrain.observers.scalars import scalars
 from puretrain.reducers import Best
+from puretrain.state import lease
+from puretrain.tree import tree_leaves
 
 __all__ = ["checkpoints"]
-
-_NAME = re.compile(r"step_(\d{8,})\.ckpt")
 
 
 def checkpoints(
@@ -29,6 +34,14 @@ def checkpoints(
     every_minutes: float | None = None,
     every_epochs: int | None = None,
     keep: int | None = 3,
+    keep_every: int | None = None,
+    keep_hours: float | None = None,
+    asynchronous: bool = False,
+    when_busy: Literal["wait", "skip"] = "wait",
+    on_error: Literal["raise", "warn"] = "raise",
+    share: bool = False,
+    compression: Literal["zstd"] | None = None,
+    preemption_seconds: float | None = None,
 ) -> Observer:
     """Save the state to ``step_00001234.ckpt`` in a directory, and keep what is worth keeping.
 
@@ -37,8 +50,9 @@ def checkpoints(
     counts the step among its best. Put this observer last: then the logs of the others hold
     everything up to the state that is saved.
 
-    A file is deleted only after another one is safely on the disk, if it is neither among the
-    newest ``keep`` nor of a step that a ``best_k`` in the state wants to keep. Files of steps that
+    A file is deleted only after another one is safely on the disk, if nothing says that it is to be
+    kept: it is not among the newest ``keep``, its step is no multiple of ``keep_every``, it is not
+    the one of its ``keep_hours``, and no ``best_k`` in the state wants it. Files of steps that
     the run has not reached, from a run that was resumed further back, are neither loaded nor
     counted: at the start they are set aside as ``*.ckpt.old``.
 
@@ -46,11 +60,27 @@ def checkpoints(
     happened when it was saved, the time (UTC) and the command line.
 
     Args:
-        directory: where to; made if needed.
+        directory: where to; made if needed. Or a URL that fsspec knows, ``s3://bucket/run``.
         every: save after every so many steps.
         every_minutes: save after a step when the last save is so many minutes ago.
         every_epochs: save at the end of every so many epochs.
         keep: how many of the newest files to keep, at least 1; None keeps all.
+        keep_every: keep the files of steps that are multiples of this, too.
+        keep_hours: keep one file for every so many hours, too.
+        asynchronous: save in a thread while the run goes on. The state is not copied: it is under a
+            :func:`puretrain.lease` until it is on the disk, so that the next step computes its
+            result in new memory. That takes room for one more state.
+        when_busy: with ``asynchronous``, what to do when a save is due before the last one is done:
+            ``'wait'`` for it, or go on and let the newer state take the place of an older one that
+            has not begun to be written (``'skip'``; takes room for up to two more states).
+        on_error: ``'raise'`` ends the run when a state can't be saved; in the background, at the
+            next event, or at the end. ``'warn'`` warns, and tries again when the next save is due.
+        share: write large tensors that are the same in the checkpoint before only once, to
+            ``blocks/`` in the directory: for frozen weights. See ``docs/checkpoints.md``.
+        compression: as for :func:`puretrain.save`.
+        preemption_seconds: on SIGTERM, save within so many seconds, also if a step takes longer:
+            then the last complete state is saved while that step goes on. Needs the main thread
+            and ``handle_signals=True`` of :func:`puretrain.fit`.
 
     Raises:
         ConfigurationError: an argument is out of its range.
@@ -66,20 +96,60 @@ def checkpoints(
         >>> directory = tempfile.mkdtemp()
         >>> state = pt.fit(state, step, [torch.tensor(-1.0)] * 5, epochs=1,
         ...                observers=[checkpoints(directory, every=2, keep=2)])
-        >>> sorted(path.name for path in Path(directory).iterdir())
-        ['step_00000004.ckpt', 'step_00000005.ckpt']
-        >>> pt.load(Path(directory, "step_00000004.ckpt"), like=state).params["w"]
+        >>> sorted(os.listdir(directory))
+        ['LATEST', 'step_00000004.ckpt', 'step_00000005.ckpt']
+        >>> pt.load(os.path.join(directory, "step_00000004.ckpt"), like=state).params["w"]
         tensor(4.)
     """
-    for name, value in (("every", every), ("every_epochs", every_epochs), ("keep", keep)):
+    counts = {"every": every, "every_epochs": every_epochs, "keep": keep, "keep_every": keep_every}
+    for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigurationError(f"{name} is a whole number from 1, or None; not {value!r}")
-    if every_minutes is not None and not every_minutes > 0:
-        raise ConfigurationError(f"every_minutes is more than 0, or None; not {every_minutes!r}")
+    amounts = {
+        "every_minutes": every_minutes,
+        "keep_hours": keep_hours,
+        "preemption_seconds": preemption_seconds,
+    }
+    for name, amount in amounts.items():
+        if amount is not None and not amount > 0:
+            raise ConfigurationError(f"{name} is more than 0, or None; not {amount!r}")
+    options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("when_busy", when_busy, ("wait", "skip")),
+        ("on_error", on_error, ("raise", "warn")),
+        ("compression", compression, ("zstd", None)),
+    )
+    for name, choice, choices in options:
+        if choice not in choices:
+            raise ConfigurationError(f"{name} is one of {choices}, not {choice!r}")
     if every is None and every_minutes is None and every_epochs is None:
         every_epochs = 1
     seconds = None if every_minutes is None else 60.0 * every_minutes
-    return _Checkpoints(Path(directory), every, seconds, every_epochs, keep)
+    retention = store.Retention(keep, keep_every, keep_hours)
+    return _Checkpoints(
+        plain(directory),
+        _When(every, seconds, every_epochs),
+        _How(retention, asynchronous, when_busy, on_error, share, compression),
+        preemption_seconds,
+    )
+
+
+class _When(NamedTuple):
+    """When a save is due."""
+
+    steps: int | None
+    seconds: float | None
+    epochs: int | None
+
+
+class _How(NamedTuple):
+    """How to save."""
+
+    retention: store.Retention
+    asynchronous: bool
+    when_busy: Literal["wait", "skip"]
+    on_error: Literal["raise", "warn"]
+    share: bool
+    compression: Literal["zstd"] | None
 
 
 class _Checkpoints:
@@ -87,66 +157,104 @@ class _Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
-        every: int | None,
-        seconds: float | None,
-        every_epochs: int | None,
-        keep: int | None,
+        directory: str,
+        when: _When,
+        how: _How,
+        preemption_seconds: float | None,
     ) -> None:
-        self._directory, self._keep = directory, keep
-        self._every, self._seconds, self._every_epochs = every, seconds, every_epochs
+        self._directory, self._when, self._how = directory, when, how
         self._saved: tuple[int, ...] | None = None  # what the last file holds
-        self._when = time.monotonic()
+        self._since = time.monotonic()
         self._metrics: dict[str, float | int | bool] = {}  # the last of validations and epochs
         self._best: list[str] = []  # the names of the reducers made by best_k
+        self._writer = Writer()
+        self._preemption = (
+            None
+            if preemption_seconds is None
+            else Preemption(preemption_seconds, self._rescue, self._is_written)
+        )
 
     def __call__(self, state: Any, event: Event) -> None:
         kind = event.kind
+        self._tell_of_errors()
+        if kind == "fit_start":
+            self._begin(state, event.step)
+        if self._preemption is not None:
+            self._preemption.show(state, event)
         if kind == "step":
             due = self._is_due(event.step)
         elif kind == "epoch_end":
-            due = bool(self._every_epochs and not (event.epoch + 1) % self._every_epochs)
+            every = self._when.epochs
+            due = bool(every and not (event.epoch + 1) % every)
         elif kind in ("validation", "interrupt", "fit_end"):
             due = kind != "validation"
         else:
-            if kind == "fit_start":
-                self._begin(state, event.step)
             return
         if kind in ("validation", "epoch_end"):
             self._metrics.update(scalars(event.metrics))
-        if not due and not (self._best and event.step in self._best_steps(state)):
-            return
-        holds = (event.step, int(state.validated), int(state.cursor.epoch))
-        # A step is saved once: what follows from its state at the end of an epoch follows again
-        # when the state is loaded. But the last file holds the very state that fit returns.
-        done = self._saved is not None and (
-            self._saved == holds if kind == "fit_end" else self._saved[0] == event.step
-        )
-        if not done:
-            self._save(state, event)
-            self._saved = holds
-            self._delete_others(state, event.step)
+        final = kind in ("interrupt", "fit_end")
+        if due or (self._best and event.step in self._best_steps(state)):
+            holds = (event.step, int(state.validated), int(state.cursor.epoch))
+            # A step is saved once: what follows from its state at the end of an epoch follows again
+            # when the state is loaded. But the last file holds the very state that fit returns.
+            done = self._saved is not None and (
+                self._saved == holds if kind == "fit_end" else self._saved[0] == event.step
+            )
+            if not done:
+                self._saved, self._since = holds, time.monotonic()
+                self._save(state, event, wait=final or not self._how.asynchronous)
+        if final:
+            self._writer.wait()
+            self._tell_of_errors()
+            if self._preemption is not None and kind == "interrupt":
+                self._preemption.tell(event)
+
+    def _is_written(self, timeout: float) -> bool:
+        return self._writer.wait(timeout) and not self._writer.has_failed
+
+    def close(self) -> None:
+        """Wait for what is being written; the loop calls it at the end, also after an error."""
+        if self._preemption is not None:
+            self._preemption.close()
+        self._writer.wait()
+        self._tell_of_errors()
 
     def _is_due(self, step: int) -> bool:
-        if self._every is not None and not step % self._every:
+        every, seconds = self._when.steps, self._when.seconds
+        if every is not None and not step % every:
             return True
-        return self._seconds is not None and time.monotonic() - self._when >= self._seconds
+        return seconds is not None and time.monotonic() - self._since >= seconds
 
     def _begin(self, state: Any, step: int) -> None:
         self._best = [name for name, memory in state.reducers.items() if isinstance(memory, Best)]
-        self._saved, self._when = None, time.monotonic()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        later = [path for number, path in self._files() if number > step]
-        for path in later:
-            os.replace(path, path.with_name(f"{path.name}.old"))
+        self._saved, self._since = None, time.monotonic()
+        later = store.begin(self._directory, step)
         if later:
             warnings.warn(
                 f"{self._directory} had {len(later)} checkpoints of steps after {step}, where this "
-                f"run begins ({later[-1].name} the last); they are named *.ckpt.old now",
+                f"run begins (the last was that of step {later[-1].step}); they are named "
+                "*.ckpt.old now",
                 stacklevel=2,
             )
+        if self._preemption is not None:
+            self._preemption.begin()
 
-    def _save(self, state: Any, event: Event) -> None:
+    def _save(self, state: Any, event: Event, *, wait: bool) -> None:
+        # Always in the same thread, so that only one ever writes to the directory.
+        self._writer.submit(
+            self._job(state, event), replace=self._how.when_busy == "skip" and not wait
+        )
+        if wait:
+            self._writer.wait()
+            self._tell_of_errors()
+
+    def _rescue(self, state: Any, event: Event) -> None:
+        """Save a state from another thread than the loop's."""
+        if self._saved is None or self._saved[0] != event.step:
+            self._writer.submit(self._job(state, event), replace=True)
+
+    def _job(self, state: Any, event: Event) -> Job:
+        held = lease(state)
         metadata = {
             "step": event.step,
             "epoch": event.epoch,
@@ -155,23 +263,55 @@ class _Checkpoints:
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": [str(word) for word in sys.argv],
         }
-        self._directory.mkdir(parents=True, exist_ok=True)
-        save(self._directory / f"step_{event.step:08}.ckpt", state, metadata=metadata)
-        self._when = time.monotonic()
+        best, computed = self._best_steps(state), _computed(state)
 
-    def _delete_others(self, state: Any, step: int) -> None:
-        if self._keep is None:
-            return
-        past = [(number, path) for number, path in self._files() if number <= step]
-        best = self._best_steps(state)
-        for number, path in past[: -self._keep]:
-            if number not in best:
-                path.unlink(missing_ok=True)
+        def run() -> None:
+            with _beside(computed):
+                store.add(
+                    self._directory,
+                    event.step,
+                    state,
+                    metadata=metadata,
+                    retention=self._how.retention,
+                    best=best,
+                    share=self._how.share,
+                    compression=self._how.compression,
+                )
+
+        return Job(run, held.release)
 
     def _best_steps(self, state: Any) -> set[int]:
         return {step for name in self._best for step in state.reducers[name].steps.tolist()}
 
-    def _files(self) -> list[tuple[int, Path]]:
-        """The checkpoints in the directory and their steps, the oldest first."""
-        named = [(_NAME.fullmatch(path.name), path) for path in self._directory.iterdir()]
-        return sorted((int(match[1]), path) for match, path in named if match)
+    def _tell_of_errors(self) -> None:
+        for error in self._writer.errors():
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._saved = None  # so that it is tried again
+        if self._how.on_error == "raise" or not isinstance(error, CheckpointError):
+            raise error
+        warnings.warn(f"a checkpoint was not saved: {error}", stacklevel=4)
+
+
+# ── Devices ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _computed(state: Any) -> dict[torch.device, Any]:
+    """For each CUDA device, an event that comes when the tensors of a state have their values."""
+    found: dict[torch.device, Any] = {}
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, torch.Tensor) and leaf.is_cuda and leaf.device not in found:
+            found[leaf.device] = torch.cuda.current_stream(leaf.device).record_event()
+    return found
+
+
+@contextmanager
+def _beside(computed: dict[torch.device, Any]) -> Iterator[None]:
+    """Copy from CUDA devices beside what is being computed there, not after all of it."""
+    with ExitStack() as stack:
+        for device, event in computed.items():
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_event(event)
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
