@@ -121,6 +121,7 @@ def run(directory="runs/char_lm", steps=500, seed=0, lr=3e-3, batch_size=32):
         observers=[
             pt.progress(),
             pt.tensorboard(directory),
+            pt.journal(directory, every=50),
             pt.checkpoints(directory, every=100, keep=2),
         ],
         directory=directory,
@@ -158,6 +159,8 @@ def main():
     print(f"{int(state.step)} steps in {seconds:.0f} s; state {pt.tree.tree_digest(state)}")
     further = ["--directory", directory, "--resume", "--steps", str(2 * options.steps)]
     print(f"logs      {pt.command_line('tensorboard', '--logdir', directory)}")
+    print(f"replay    {pt.command_line('puretrain', 'replay', directory)}")
+    print(f"report    {pt.command_line('puretrain', 'report', directory)}")
     print(f"go on     {pt.command_line('python', sys.argv[0], *further)}")
 
 

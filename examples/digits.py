@@ -76,6 +76,7 @@ def run(directory="runs/digits", epochs=15, seed=0, lr=2e-3, batch_size=50):
         observers=[
             pt.progress(),
             pt.tensorboard(directory),
+            pt.journal(directory, every=50),
             pt.checkpoints(directory, every=50, keep=2),
         ],
         directory=directory,
@@ -105,6 +106,8 @@ def main():
     print(f"state          {pt.tree.tree_digest(state)}")
     print(f"logs           {pt.command_line('tensorboard', '--logdir', directory)}")
     print(f"checkpoints    {pt.command_line('puretrain', 'inspect', directory)}")
+    print(f"live it again  {pt.command_line('puretrain', 'replay', directory)}")
+    print(f"report         {pt.command_line('puretrain', 'report', directory)}")
     print(f"go on          {pt.command_line('python', sys.argv[0], *further)}")
 
 

@@ -4,8 +4,17 @@ A run is a fold, ``state' = step(state, batch)``; :class:`TrainState` holds all 
 happens next.
 """
 
-from puretrain import errors, metrics, optim, random, tree
-from puretrain.checkpoint import load, newest, read_index, save, verify
+from puretrain import errors, metrics, optim, random, replay, tree
+from puretrain.checkpoint import (
+    convert,
+    load,
+    load_part,
+    newest,
+    open_checkpoint,
+    read_index,
+    save,
+    verify,
+)
 from puretrain.data import batches
 from puretrain.functional import functional, load_into
 from puretrain.loop import Event, Interrupted, Reducer, Validation, evaluate, fit, predict, prepare
@@ -20,6 +29,7 @@ from puretrain.reducers import (
     reduce_on_plateau,
     swa,
 )
+from puretrain.replay import journal, open_run
 from puretrain.run import Run, command_line, new_directory
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import Aux, eval_step, train_step
@@ -43,6 +53,7 @@ __all__ = [
     "best_k",
     "checkpoints",
     "command_line",
+    "convert",
     "csv_log",
     "early_stopping",
     "ema",
@@ -52,15 +63,19 @@ __all__ = [
     "field",
     "fit",
     "functional",
+    "journal",
     "jsonl_log",
     "lease",
     "load",
     "load_into",
+    "load_part",
     "lr_monitor",
     "metrics",
     "nan_guard",
     "new_directory",
     "newest",
+    "open_checkpoint",
+    "open_run",
     "optim",
     "predict",
     "prepare",
@@ -69,6 +84,7 @@ __all__ = [
     "random",
     "read_index",
     "reduce_on_plateau",
+    "replay",
     "save",
     "swa",
     "tensorboard",

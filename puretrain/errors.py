@@ -12,6 +12,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "DonatedStateError",
+    "JournalError",
     "LossError",
     "NonFiniteError",
     "OptimizerError",
@@ -60,6 +61,10 @@ class DataError(PuretrainError, ValueError):
 
 class CheckpointError(PuretrainError, ValueError):
     """A checkpoint can't be written, is damaged, or does not fit what it is loaded into."""
+
+
+class JournalError(PuretrainError, ValueError):
+    """A journal is missing, is damaged, or does not have what a replay needs."""
 
 
 class ConfigurationError(PuretrainError, ValueError):

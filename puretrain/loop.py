@@ -86,6 +86,8 @@ class Event(NamedTuple):
     """The step at which the run will end at the latest, if known."""
     donate: bool = False
     """Whether a reducer may overwrite what it remembers, instead of making it anew."""
+    batch: Any = None
+    """The batch that the step got, at ``step``; the very object, not to be changed."""
 
 
 class Reducer(NamedTuple):
@@ -260,7 +262,7 @@ def _run(plan: _Plan, state: Any, received: list[int], keeping: ExitStack) -> An
         total, position = _progress(plan.source, state.cursor)
         epoch = int(state.cursor.epoch)
         if not int(state.cursor.offset):
-            _tell(plan, state, _event(plan, "epoch_start", state, total=total))
+            state = _tell(plan, state, _event(plan, "epoch_start", state, total=total))
         ended = True
         with closing(plan.source.read(state.cursor)) as reads:
             for batch, cursor, samples in reads:
@@ -279,7 +281,16 @@ def _run(plan: _Plan, state: Any, received: list[int], keeping: ExitStack) -> An
                 totals = _merge(state.epoch_metrics, metrics, weight)
                 state = state.replace(cursor=cursor, epoch_metrics=totals)
                 event = Event(
-                    "step", epoch, int(state.step), metrics, size, position, total, plan.steps, True
+                    "step",
+                    epoch,
+                    int(state.step),
+                    metrics,
+                    size,
+                    position,
+                    total,
+                    plan.steps,
+                    True,
+                    batch,
                 )
                 state = _tell(plan, state, event)
                 _stop_if(received, plan, state)
@@ -499,8 +510,13 @@ def _reads(source: Any, limit: int | None) -> Iterator[Any]:
 
 
 def as_batches(source: Any) -> Batches:
-    """Take a source as it is, or an iterable of ready batches as one."""
-    return source if isinstance(source, Batches) else batches(source)
+    """Take a source as it is, or an iterable of ready batches as one.
+
+    A source of another kind does as well, if it reads from cursors as :class:`Batches` does.
+    """
+    if isinstance(source, Batches) or hasattr(source, "next_epoch"):
+        return cast(Batches, source)
+    return batches(source)
 
 
 def as_reducer(reducer: Reducer | Callable[[Any, Event], Any]) -> Reducer:
@@ -651,7 +667,7 @@ def _progress(source: Batches, cursor: Cursor) -> tuple[int | None, int]:
     total = source.length(cursor.replace(offset=torch.zeros_like(cursor.offset)))
     left = source.length(cursor)
     if total is None or left is None:
-        return total, -(-int(cursor.offset) // (source.plan.batch_size or 1))
+        return total, source.position(cursor)
     return total, total - left
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``puretrain fit``, ``inspect``, ``diff`` and ``verify``.
+"""The command line: ``puretrain fit``, ``inspect``, ``replay`` and the others.
 
 What goes wrong on purpose (a :class:`~puretrain.errors.PuretrainError`) is one line on stderr and
 the exit status 2. An exception of somebody else's code keeps its traceback.
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from puretrain import __version__
-from puretrain.cli import checkpoints, training
+from puretrain.cli import checkpoints, conversion, replaying, training
 from puretrain.cli.output import one_line
 from puretrain.errors import PuretrainError
 
@@ -24,6 +24,7 @@ examples:
   puretrain fit examples/digits.py            train what the file describes
   puretrain fit examples/digits.py --resume   go on where it stopped
   puretrain inspect runs/digits               look at its newest checkpoint
+  puretrain replay runs/digits                take its steps again, and compare them bit for bit
 """
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what was typed after ``puretrain``; by default the process's own arguments.
 
     Returns:
-        The exit status: 0 when all is well, 1 when two checkpoints differ or one is damaged, 2
+        The exit status: 0 when all is well, 1 when checkpoints or runs differ or one is damaged, 2
         after an error, 130 and 143 when Ctrl-C or SIGTERM ended a run.
     """
     parser = argparse.ArgumentParser(
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"puretrain {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (*training.add_commands(commands), *checkpoints.add_commands(commands)):
+    rooms = (training, checkpoints, conversion, replaying)
+    for command in [command for room in rooms for command in room.add_commands(commands)]:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     try:

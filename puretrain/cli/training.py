@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import inspect
 import os
 import signal
 import sys
 from collections.abc import Mapping
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from puretrain.checkpoint import Found, find_checkpoint, load, save
+from puretrain.checkpoint.places import file_name, is_url, shown
 from puretrain.cli.output import format_number, one_line, printable, write, write_json
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Interrupted
 from puretrain.metrics import compute_all
+from puretrain.replay.program import load_run
 from puretrain.run import Run, command_line
 from puretrain.state import TrainState
 from puretrain.tree import tree_digest
@@ -167,89 +165,16 @@ def _resume_command(options: argparse.Namespace, *, further: bool) -> str:
 
 
 def _load_run(options: argparse.Namespace) -> Run:
-    path, name = _split_target(options.target)
-    made = _find(_execute(path), name, path)
+    return load_run(options.target, given_arguments(options))
+
+
+def given_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of the command line set about a run, by name."""
     given: dict[str, Any] = dict(map(_split_assignment, options.set))
     for option in ("directory", "seed", "epochs", "steps"):
-        if getattr(options, option) is not None:
+        if getattr(options, option, None) is not None:
             given[option] = getattr(options, option)
-    parameters: Mapping[str, inspect.Parameter] = {}
-    if not isinstance(made, Run):
-        parameters = inspect.signature(made).parameters
-        made = _call(made, {key: given.pop(key) for key in [*given] if key in parameters}, path)
-    fields: dict[str, Any] = {key: given.pop(key) for key in ("epochs", "steps") if key in given}
-    if given:
-        raise ConfigurationError(
-            f"{path} can't take {', '.join(given)}: give its function a parameter of that name "
-            f"(it has: {', '.join(parameters) or 'none'})"
-        )
-    return made._replace(**fields)
-
-
-def _split_target(target: str) -> tuple[Path, str | None]:
-    file, colon, name = target.rpartition(":")
-    if colon and name.isidentifier() and not os.path.exists(target):
-        return _existing_file(file), name
-    return _existing_file(target), None
-
-
-def _existing_file(name: str) -> Path:
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigurationError(f"there is no file {name!r}; give a Python file that makes a Run")
-    return path
-
-
-def _execute(path: Path) -> ModuleType:
-    """Execute a file as a module; workers import it by its name to unpickle what it defines."""
-    sys.path.insert(0, str(path.resolve().parent))
-    name = path.stem
-    if name in sys.modules:
-        name = f"puretrain_{name}"
-    loader = SourceFileLoader(name, str(path))
-    module = ModuleType(name)
-    module.__file__, module.__loader__ = str(path), loader
-    sys.modules[name] = module
-    loader.exec_module(module)
-    return module
-
-
-def _find(module: ModuleType, name: str | None, path: Path) -> Any:
-    if name is None and not hasattr(module, "run"):
-        runs = [key for key, value in vars(module).items() if isinstance(value, Run)]
-        if len(runs) != 1:
-            raise ConfigurationError(
-                f"{path} has no `run`, and {len(runs)} variables that are a Run: write a function "
-                "`run()` that returns a puretrain.Run, or name another as FILE:NAME"
-            )
-        name = runs[0]
-    name = name or "run"
-    found = getattr(module, name, None)
-    if not (isinstance(found, Run) or callable(found)):
-        what = "has no" if found is None else f"has a {type(found).__name__} as"
-        raise ConfigurationError(
-            f"{path} {what} {name!r}; that must be a puretrain.Run or a function that returns one"
-        )
-    return found
-
-
-def _call(function: Any, arguments: dict[str, Any], path: Path) -> Run:
-    where = f"{function.__name__}() of {path}"
-    parameters = inspect.signature(function).parameters
-    for key, parameter in parameters.items():
-        if key in arguments:
-            arguments[key] = _convert(key, arguments[key], parameter.default)
-        elif parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
-            raise ConfigurationError(f"{where} needs a value for {key}: give --set {key}=VALUE")
-    made = function(**arguments)
-    if not isinstance(made, Run):
-        raise ConfigurationError(
-            f"{where} returned a {type(made).__name__}; it must return a puretrain.Run"
-        )
-    return made
+    return given
 
 
 def _split_assignment(text: str) -> tuple[str, str]:
@@ -259,30 +184,17 @@ def _split_assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _convert(name: str, text: Any, default: Any) -> Any:
-    """Read a value in the type of the parameter's default."""
-    if not isinstance(text, str) or isinstance(default, (str, os.PathLike)):
-        return text
-    value: Any = text
-    with contextlib.suppress(ValueError, SyntaxError):
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if isinstance(default, (bool, int, float)) and type(value) is not type(default):
-        raise ConfigurationError(f"{name} is of type {type(default).__name__}, not {text!r}")
-    return value
-
-
 # ── Resuming ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _resume_from(run: Run, resume: bool | str) -> Path | bool:
+def _resume_from(run: Run, resume: bool | str) -> Path | str | bool:
     """What to resume from; says so, on stderr."""
     if resume is False:
         if run.directory is not None and (found := find_checkpoint(run.directory)).path is not None:
             raise ConfigurationError(
-                f"{os.fspath(run.directory)} has the checkpoints of an earlier run (the newest is "
-                f"{found.path.name}): go on with --resume, or begin elsewhere with --directory DIR"
+                f"{shown(run.directory)} has the checkpoints of an earlier run (the newest is "
+                f"{file_name(found.path)}): go on with --resume, or begin elsewhere with "
+                "--directory DIR"
             )
         return False
     place = run.directory if resume is True else resume
@@ -291,11 +203,15 @@ def _resume_from(run: Run, resume: bool | str) -> Path | bool:
             "the run has no directory to look for checkpoints in: give --directory DIR or "
             "--resume CKPT"
         )
-    found = Found(Path(place), ()) if Path(place).is_file() else find_checkpoint(place)
+    found = (
+        Found(Path(place), ())
+        if not is_url(place) and os.path.isfile(place)
+        else find_checkpoint(place)
+    )
     for path, error in found.damaged:
         _note(f"skipped the damaged {path}: {one_line(error)}")
     if found.path is not None:
-        _note(f"resuming from {found.path}")
+        _note(f"resuming from {shown(found.path)}")
         return found.path
     if resume is True:
         _note(f"no good checkpoint in {os.fspath(place)}: beginning anew")

@@ -97,6 +97,11 @@ class Batches:
         left, size = max(self.items.length - offset, 0), self.plan.batch_size or 1
         return left // size if self.plan.drop_last else -(-left // size)
 
+    def position(self, cursor: Cursor) -> int:
+        """How many batches of the cursor's epoch have been read, the last one perhaps in part."""
+        _, offset = self._place(cursor)
+        return -(-offset // (self.plan.batch_size or 1))
+
     def exhausted(self, cursor: Cursor) -> bool | None:
         """Whether no batch is left in the cursor's epoch; None if only reading can tell."""
         if isinstance(self.items, Stream):
