@@ -1,0 +1,61 @@
+"""Metrics: objects that gather over batches, and in :mod:`.functional` functions of one batch."""
+
+from puretrain.lightning.metrics import functional
+from puretrain.lightning.metrics.classification import (
+    AUC,
+    AUROC,
+    F1,
+    ROC,
+    Accuracy,
+    AveragePrecision,
+    ConfusionMatrix,
+    FBeta,
+    HammingDistance,
+    IoU,
+    Precision,
+    PrecisionRecallCurve,
+    Recall,
+    StatScores,
+)
+from puretrain.lightning.metrics.metric import CompositionalMetric, Metric, MetricCollection
+from puretrain.lightning.metrics.regression import (
+    MAE,
+    MSE,
+    PSNR,
+    SSIM,
+    ExplainedVariance,
+    MeanAbsoluteError,
+    MeanSquaredError,
+    MeanSquaredLogError,
+    R2Score,
+)
+
+__all__ = [
+    "AUC",
+    "AUROC",
+    "F1",
+    "MAE",
+    "MSE",
+    "PSNR",
+    "ROC",
+    "SSIM",
+    "Accuracy",
+    "AveragePrecision",
+    "CompositionalMetric",
+    "ConfusionMatrix",
+    "ExplainedVariance",
+    "FBeta",
+    "HammingDistance",
+    "IoU",
+    "MeanAbsoluteError",
+    "MeanSquaredError",
+    "MeanSquaredLogError",
+    "Metric",
+    "MetricCollection",
+    "Precision",
+    "PrecisionRecallCurve",
+    "R2Score",
+    "Recall",
+    "StatScores",
+    "functional",
+]
