@@ -1,0 +1,25 @@
+"""A callback that is not supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puretrain.lightning.callbacks.base import Callback
+from puretrain.lightning.utilities.exceptions import MisconfigurationException
+
+__all__ = ["GPUStatsMonitor"]
+
+
+class GPUStatsMonitor(Callback):
+    """Not supported; making one says what to use instead."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        raise MisconfigurationException(
+            "GPUStatsMonitor is not supported; read torch.cuda.memory_stats "
+            "in a callback of your own"
+        )

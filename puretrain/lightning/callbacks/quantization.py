@@ -1,0 +1,25 @@
+"""A callback that is not supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puretrain.lightning.callbacks.base import Callback
+from puretrain.lightning.utilities.exceptions import MisconfigurationException
+
+__all__ = ["QuantizationAwareTraining"]
+
+
+class QuantizationAwareTraining(Callback):
+    """Not supported; making one says what to use instead."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        raise MisconfigurationException(
+            "QuantizationAwareTraining is not supported; use torch.ao.quantization "
+            "on the module before fit"
+        )

@@ -1,0 +1,119 @@
+"""Calling the hooks of callbacks and modules: who has one, and which arguments it takes.
+
+A hook that nobody overrides costs one look into a dictionary. What a user's method takes is read
+from its signature once; arguments that it has no room for are left out, from the right, so methods
+written for different versions of the interface all work.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["call", "hooks_of", "implements", "takes"]
+
+_BASES = {
+    "Callback",
+    "LightningModule",
+    "LightningDataModule",
+    "ModelHooks",
+    "DataHooks",
+    "CheckpointHooks",
+    "DataModuleHooks",
+}
+_PACKAGES = {"puretrain", "pytorch_lightning", "lightning"}
+_ALL = 1 << 10
+
+
+class Hooks(NamedTuple):
+    """Who wants to hear of one kind of event."""
+
+    callbacks: tuple[tuple[Callable[..., Any], int], ...]
+    """Methods of callbacks and how many arguments each takes after trainer and module."""
+    last: tuple[tuple[Callable[..., Any], int], ...]
+    """The same of callbacks that come after the module: they look at what it has logged."""
+    module: tuple[Callable[..., Any], int] | None
+
+
+def implements(owner: Any, name: str) -> bool:
+    """Whether a module, data module or callback has a method of its own for a hook."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return False
+    function = inspect.unwrap(getattr(method, "__func__", method))
+    place = getattr(function, "__qualname__", "").rpartition(".")[0]
+    package = str(getattr(function, "__module__", "")).partition(".")[0]
+    return not (place in _BASES and package in _PACKAGES)
+
+
+def takes(function: Callable[..., Any]) -> int:
+    """How many positional arguments a function takes at most."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin or a mock
+        return _ALL
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return _ALL
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def hooks_of(trainer: Any, name: str) -> Hooks | None:
+    """Who has a hook of a name: found once, then remembered until the callbacks change."""
+    known = trainer._hooks
+    if name in known:
+        return known[name]
+    first, last = [], []
+    for callback in trainer.callbacks:
+        if implements(callback, name):
+            method = getattr(callback, name)
+            late = name in _AFTER_MODULE and getattr(callback, "_looks_at_metrics", False)
+            (last if late else first).append((method, max(takes(method) - 2, 0)))
+    module = trainer._module
+    own = None
+    if module is not None and name not in _CALLBACKS_ONLY and implements(module, name):
+        own = (getattr(module, name), takes(getattr(module, name)))
+    found = Hooks(tuple(first), tuple(last), own) if first or last or own else None
+    known[name] = found
+    return found
+
+
+_AFTER_MODULE = {"on_train_epoch_end", "on_train_batch_end", "on_validation_epoch_end"}
+# the module's methods of these names take other arguments, and are called where they are due
+_CALLBACKS_ONLY = {"on_init_start", "on_init_end", "setup", "teardown"}
+
+
+def call(trainer: Any, name: str, *arguments: Any) -> Any:
+    """Call the hook of the callbacks in their order, then the module's, and return the latter's."""
+    hooks = hooks_of(trainer, name)
+    if hooks is None:
+        return None
+    module, before = trainer._module, trainer._fx
+    trainer._fx = name
+    answer = None
+    if trainer._profiles:
+        trainer.profiler.start(name)
+    try:
+        for method, count in hooks.callbacks:
+            method(trainer, module, *arguments[:count])
+        if hooks.module is not None:
+            method, count = hooks.module
+            answer = method(*arguments[:count])
+        for method, count in hooks.last:
+            method(trainer, module, *arguments[:count])
+    finally:
+        trainer._fx = before
+        if trainer._profiles:
+            trainer.profiler.stop(name)
+    return answer
+
+
+def call_module(trainer: Any, name: str, *arguments: Any) -> Any:
+    """Call a method of the module alone, as the hook of its name."""
+    before = trainer._fx
+    trainer._fx = name
+    try:
+        method = getattr(trainer._module, name)
+        return method(*arguments[: takes(method)])
+    finally:
+        trainer._fx = before

@@ -1,0 +1,237 @@
+"""Validation, test and prediction: a module's steps over loaders, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from puretrain.lightning.trainer import loaders
+from puretrain.lightning.trainer.calls import call, call_module, hooks_of, implements, takes
+from puretrain.lightning.trainer.results import Results
+from puretrain.lightning.trainer.states import RunningStage
+from puretrain.lightning.utilities.exceptions import MisconfigurationException
+
+__all__ = ["prepare_loaders", "run_evaluation", "run_prediction"]
+
+_WORDS = {"val": "validation", "test": "test", "predict": "predict"}
+_STAGES = {
+    "val": RunningStage.VALIDATING,
+    "test": RunningStage.TESTING,
+    "predict": RunningStage.PREDICTING,
+}
+
+
+def prepare_loaders(trainer: Any, kind: str) -> None:
+    """Ask for the loaders of a stage and count their batches."""
+    found = loaders.evaluation_loaders(trainer, kind)
+    name = f"limit_{kind}_batches"
+    limit = getattr(trainer, name)
+    if trainer.overfit_batches > 0 and kind in {"val", "test"}:
+        limit = trainer.overfit_batches
+    counts = [loaders.limited(loaders.length_of(loader), limit, name) for loader in found]
+    trainer._eval_loaders[kind] = found
+    trainer._eval_counts[kind] = counts
+
+
+def run_evaluation(
+    trainer: Any,
+    kind: str,
+    *,
+    most: float | None = None,
+    on_end: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run over the loaders for validation or test.
+
+    Args:
+        trainer: whose module and loaders.
+        kind: ``val`` or ``test``.
+        most: read at most so many batches of each loader.
+        on_end: called when all has been computed, before the last hooks.
+
+    Returns:
+        For each loader the values that were logged of it.
+    """
+    module, word = trainer._module, _WORDS[kind]
+    if kind not in trainer._eval_loaders or trainer._loaders_are_due():
+        prepare_loaders(trainer, kind)
+    found, counts = trainer._eval_loaders[kind], trainer._eval_counts[kind]
+    if most is not None:
+        counts = [min(count, most) for count in counts]
+    if not found or not sum(counts):
+        return []
+    sanity = trainer._stage is RunningStage.SANITY_CHECKING
+    trainer._stage = RunningStage.SANITY_CHECKING if sanity else _STAGES[kind]
+    results = trainer._results = Results(training=False)
+    modes = [(child, child.training) for child in module.modules()]
+    with torch.no_grad():
+        call_module(trainer, f"on_{word}_model_eval")
+        call(trainer, f"on_{word}_start")
+        call(trainer, f"on_{word}_epoch_start")
+        outputs = _batches(trainer, kind, found, counts, results)
+        results.batches_are_over = True
+        results.begin_batch(None)
+        if implements(module, f"{word}_epoch_end"):
+            given = outputs[0] if len(found) == 1 else outputs
+            call_module(trainer, f"{word}_epoch_end", given)
+        call(trainer, f"on_{word}_epoch_end", outputs[0] if len(found) == 1 else outputs)
+        call(trainer, "on_epoch_end")
+        logged: dict[str, Any] = {}
+        if not sanity:
+            trainer._keep_metrics()
+            logged = results.collect()["log"]
+            trainer._log_metrics(logged)
+        if on_end is not None:
+            on_end()
+        call(trainer, f"on_{word}_end")
+        call_module(trainer, f"on_{word}_model_train")
+    if not implements(module, f"on_{word}_model_train"):
+        for child, training in modes:
+            child.training = training
+    trainer._results = None
+    values = {} if sanity else {**logged, **results.collect()["callback"]}
+    results.reset()  # metric objects begin anew
+    return _by_loader(values, len(found))
+
+
+def _by_loader(metrics: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    values = {
+        name: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        for name, value in metrics.items()
+    }
+    if count <= 1:
+        return [values]
+    found = []
+    for number in range(count):
+        suffix = f"/dataloader_idx_{number}"
+        found.append(
+            {k: v for k, v in values.items() if "/dataloader_idx_" not in k or k.endswith(suffix)}
+        )
+    return found
+
+
+def _batches(
+    trainer: Any, kind: str, found: list[Any], counts: list[float], results: Results
+) -> list[list[Any]]:
+    module, word = trainer._module, _WORDS[kind]
+    name = f"{word}_step"
+    method = getattr(module, name)
+    several = len(found) > 1
+    takes_loader = several or (takes(method) < 1 << 10 and _requires(method) >= 3)
+    count = 3 if takes_loader else 2
+    count = min(count, takes(method))
+    own_end = getattr(module, f"{name}_end") if implements(module, f"{name}_end") else None
+    starts = hooks_of(trainer, f"on_{word}_batch_start")
+    ends = hooks_of(trainer, f"on_{word}_batch_end")
+    keep = implements(module, f"{word}_epoch_end") or _wants_outputs(trainer, word)
+    outputs: list[list[Any]] = []
+    for number, (loader, limit) in enumerate(zip(found, counts, strict=True)):
+        kept: list[Any] = []
+        outputs.append(kept)
+        trainer._eval_place = (number, limit)
+        if limit == 0:
+            continue
+        for index, batch in enumerate(loader):
+            if index >= limit:
+                break
+            batch = trainer._moved(batch, number)
+            trainer.eval_batch_idx = index
+            results.begin_batch(batch, number if several else None)
+            if starts is not None:
+                call(trainer, f"on_{word}_batch_start", batch, index, number)
+            trainer._fx = name
+            casting = trainer._casting
+            with trainer._profile(name), nullcontext() if casting is None else casting():
+                output = method(*(batch, index, number)[:count])
+                if own_end is not None:
+                    trainer._fx = f"{name}_end"
+                    ended = own_end(output)
+                    output = output if ended is None else ended
+            trainer._fx = None
+            if ends is not None:
+                call(trainer, f"on_{word}_batch_end", output, batch, index, number)
+            if keep and output is not None:
+                kept.append(output)
+            if not trainer.sanity_checking:
+                _log_step(trainer, results, kind)
+            if trainer._signals:
+                trainer._interrupt()
+            if index + 1 >= limit:
+                break
+    results.loader = None
+    return outputs
+
+
+def _requires(method: Any) -> int:
+    import inspect
+
+    parameters = inspect.signature(method).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
+def _wants_outputs(trainer: Any, word: str) -> bool:
+    hooks = hooks_of(trainer, f"on_{word}_epoch_end")
+    if hooks is None:
+        return False
+    methods = [*hooks.callbacks, *hooks.last, *([hooks.module] if hooks.module else [])]
+    return any(count > 0 for _, count in methods)
+
+
+def _log_step(trainer: Any, results: Results, kind: str) -> None:
+    """Values of single evaluation steps count in all evaluation batches of the run."""
+    seen = trainer._eval_seen[kind] = trainer._eval_seen.get(kind, 0) + 1
+    if any(entry.options[0] for entry in results.entries.values()):
+        metrics = {
+            entry.forked("step"): entry.step
+            for entry in results.entries.values()
+            if entry.options[0]
+            and entry.options[3]
+            and entry.step is not None
+            and entry.loader == results.loader
+        }
+        trainer._log_metrics(metrics, step=seen - 1)
+
+
+def run_prediction(trainer: Any, *, keep: bool = True) -> Any:
+    """Run ``predict_step`` over the loaders; the outputs come by loader if there are several."""
+    module = trainer._module
+    prepare_loaders(trainer, "predict")
+    found, counts = trainer._eval_loaders["predict"], trainer._eval_counts["predict"]
+    if not found:
+        raise MisconfigurationException(
+            "No `predict_dataloader()` method defined, and no loader given to `predict`"
+        )
+    trainer._stage = RunningStage.PREDICTING
+    method = module.predict_step
+    if not implements(module, "predict_step") and implements(module, "predict"):
+        method = module.predict  # its name in 1.2
+    count = min(takes(method), 3)
+    outputs: list[list[Any]] = []
+    with torch.no_grad():
+        call_module(trainer, "on_predict_model_eval")
+        call(trainer, "on_predict_start")
+        call(trainer, "on_predict_epoch_start")
+        for number, (loader, limit) in enumerate(zip(found, counts, strict=True)):
+            outputs.append([])
+            trainer._eval_place = (number, limit)
+            for index, batch in enumerate(loader):
+                if index >= limit:
+                    break
+                batch = trainer._moved(batch, number)
+                call(trainer, "on_predict_batch_start", batch, index, number)
+                trainer._fx = "predict_step"
+                casting = trainer._casting
+                with nullcontext() if casting is None else casting():
+                    output = method(*(batch, index, number)[:count])
+                trainer._fx = None
+                call(trainer, "on_predict_batch_end", output, batch, index, number)
+                if keep:
+                    outputs[-1].append(output)
+        call(trainer, "on_predict_epoch_end", outputs)
+        call(trainer, "on_predict_end")
+    if not keep:
+        return None
+    return outputs[0] if len(found) == 1 else outputs
