@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from puretrain import random
 from puretrain.errors import StructureError
-from puretrain.tree import FrozenDict
+from puretrain.tree import FrozenDict, frozen_dict
 
 __all__ = ["Apply", "Functional", "functional", "load_into"]
 
@@ -127,7 +127,8 @@ def functional(module: nn.Module) -> Functional:
         finally:
             for submodule in changed:
                 submodule.training = not submodule.training
-        return output, FrozenDict({name: given[name] for name in buffers})
+        kept = _plain(buffers)
+        return output, frozen_dict(kept, [given[name] for name in kept])
 
     return Functional(apply, FrozenDict(params), FrozenDict(buffers))
 

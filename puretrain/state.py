@@ -439,6 +439,9 @@ def address(tensor: Tensor) -> int:
     return start or id(tensor)
 
 
+_ONLY_TENSORS = {Tensor}
+
+
 class _Survey:
     """The containers and the tensors in some fields of a state. It is made in every step."""
 
@@ -467,7 +470,11 @@ def _visit(children: Iterable[Any], survey: _Survey, inside: bool) -> None:
             pass
         elif kind is FrozenDict:
             survey.containers.append(child)
-            _visit(child._items.values(), survey, True)
+            values = child._items.values()
+            if {*map(type, values)} == _ONLY_TENSORS:  # the usual case, and quicker
+                survey.tensors.extend(values)
+            else:
+                _visit(values, survey, True)
         elif isinstance(child, Record):
             survey.containers.append(child)
             _visit([getattr(child, name) for name in child._children], survey, True)

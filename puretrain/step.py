@@ -35,6 +35,7 @@ from puretrain.tree import (
     Record,
     field,
     freeze,
+    frozen_dict,
     path_string,
     tree_cast,
     tree_flatten,
@@ -371,14 +372,14 @@ def _evaluate(
     buffers = state.buffers
     if aux.buffers is not None:
         buffers = _separated(aux.buffers, taken, tracing)
-    return _Result(value, buffers, FrozenDict(metrics), grads, as_tree)
+    return _Result(value, buffers, frozen_dict(metrics, metrics.values()), grads, as_tree)
 
 
 def _leaves(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The leaves of the parameters, and the function that makes such a tree out of leaves."""
     if type(params) is FrozenDict and {*map(type, params.values())} == {Tensor}:
         names = params.keys()  # the usual kind, which is much quicker to do by hand
-        return list(params.values()), lambda leaves: FrozenDict(zip(names, leaves, strict=True))
+        return list(params.values()), lambda leaves: frozen_dict(names, leaves)
     leaves, structure = tree_flatten(params)
     return leaves, functools.partial(tree_unflatten, structure)
 

@@ -131,14 +131,19 @@ class Record:
         Raises:
             StructureError: a name in ``changes`` is no field.
         """
-        new = object.__new__(type(self))
-        for name in self._names:
-            new.__dict__[name] = changes.pop(name) if name in changes else getattr(self, name)
-        if changes:
+        own = self.__dict__
+        if "_donated" in own:
+            getattr(self, self._names[0])  # raises
+        fields = {name: own[name] for name in self._names}  # not what is noted beside them
+        fields.update(changes)
+        if len(fields) > len(self._names):
+            unknown = [name for name in changes if name not in self._names]
             raise StructureError(
-                f"{type(self).__name__} has no field {', '.join(map(repr, changes))}; "
+                f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}; "
                 f"its fields are {', '.join(self._names)}"
             )
+        new = object.__new__(type(self))
+        new.__dict__.update(fields)
         return new
 
     def __getattr__(self, name: str) -> Any:
@@ -274,15 +279,20 @@ def _unflatten_record(cls: type[Record], fixed: Any, children: Iterable[Any]) ->
     return node
 
 
+def frozen_dict(keys: Iterable[str], values: Iterable[T]) -> FrozenDict[T]:
+    """A frozen dict of keys that are known to be strings; quicker than its constructor."""
+    node: FrozenDict[T] = object.__new__(FrozenDict)
+    object.__setattr__(node, "_items", dict(zip(keys, values, strict=True)))
+    return node
+
+
 def _flatten_frozen_dict(node: FrozenDict[Any]) -> tuple[list[Any], Any, tuple[str, ...]]:
     keys = tuple(node._items)
     return list(node._items.values()), keys, keys
 
 
 def _unflatten_frozen_dict(keys: Any, children: Iterable[Any]) -> FrozenDict[Any]:
-    node: FrozenDict[Any] = object.__new__(FrozenDict)
-    object.__setattr__(node, "_items", dict(zip(keys, children, strict=True)))
-    return node
+    return frozen_dict(keys, children)
 
 
 def _register(

@@ -25,6 +25,7 @@ from puretrain.tree import (
     FrozenDict,
     Record,
     check_same_structure,
+    frozen_dict,
     path_string,
     tree_flatten,
     tree_flatten_up_to,
@@ -252,8 +253,9 @@ def _update(
                 _in_place(method, gradients, leaves, columns, rows, h)
             count = state.count.add_(_ONE) if donate else state.count + _ONE
     if known is not None:
-        new_params: Any = FrozenDict(zip(params, leaves, strict=True))
-        trees: list[Any] = [FrozenDict(zip(params, x, strict=True)) for x in columns]
+        names = params._items
+        new_params: Any = frozen_dict(names, leaves)
+        trees: list[Any] = [frozen_dict(names, column) for column in columns]
     else:
         new_params = tree_unflatten(structure, leaves)
         trees = [tree_unflatten(structure, column) for column in columns]
@@ -313,9 +315,9 @@ def _remember(
             and len({(x.device, x.dtype) for x in leaves}) <= 1
         )
         kinds = [(x.shape, x.dtype) for x in leaves]
-        known = _Known(method, weakref.ref(params), leaves, columns, kinds, direct)
-    changed = known._replace(params=weakref.ref(params), leaves=leaves, columns=columns)
-    state.__dict__["_known"] = changed
+    else:
+        kinds, direct = known.kinds, known.direct
+    state.__dict__["_known"] = _Known(method, weakref.ref(params), leaves, columns, kinds, direct)
 
 
 def _in_place(
