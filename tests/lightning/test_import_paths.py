@@ -168,6 +168,12 @@ def test_environments_read_their_variables(monkeypatch):
     assert slurm.creates_processes_externally
 
 
+def test_modules_are_attributes_without_an_import():
+    paths = [path for path in NAMES if path]
+    code = f"import puretrain.lightning as pl\nfor path in {paths}:\n    eval('pl.' + path)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_root_loads_little():
     code = "import sys, puretrain.lightning; print(*sys.modules)"
     loaded = subprocess.run(

@@ -7,13 +7,12 @@ from puretrain.lightning.loggers.base import (
 )
 from puretrain.lightning.loggers.comet import CometLogger
 from puretrain.lightning.loggers.csv_logs import CSVLogger
+from puretrain.lightning.loggers.logger import Logger
 from puretrain.lightning.loggers.mlflow import MLFlowLogger
 from puretrain.lightning.loggers.neptune import NeptuneLogger
 from puretrain.lightning.loggers.tensorboard import TensorBoardLogger
 from puretrain.lightning.loggers.test_tube import TestTubeLogger
 from puretrain.lightning.loggers.wandb import WandbLogger
-
-Logger = LightningLoggerBase
 
 __all__ = [
     "CSVLogger",

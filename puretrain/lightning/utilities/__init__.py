@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from puretrain.lightning.utilities.apply_func import (
     apply_to_collection,
     apply_to_collections,
@@ -23,6 +26,7 @@ from puretrain.lightning.utilities.enums import (
     LightningEnum,
     ModelSummaryMode,
 )
+from puretrain.lightning.utilities.grads import grad_norm
 from puretrain.lightning.utilities.imports import (
     _APEX_AVAILABLE,
     _BOLTS_AVAILABLE,
@@ -109,6 +113,7 @@ __all__ = [
     "apply_to_collection",
     "apply_to_collections",
     "flatten_dict",
+    "grad_norm",
     "is_picklable",
     "move_data_to_device",
     "parse_class_init_keys",
@@ -118,3 +123,13 @@ __all__ = [
     "rank_zero_only",
     "rank_zero_warn",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # pl.utilities.cloud_io works without an import of its own
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
