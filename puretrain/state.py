@@ -19,6 +19,7 @@ from torch import Tensor
 from puretrain.errors import DonatedStateError, StructureError
 from puretrain.tree import (
     FrozenDict,
+    Reason,
     Record,
     field,
     freeze,
@@ -389,9 +390,10 @@ def give_up(donation: Donation, new: TrainState | None) -> None:
     Without a new state: the step failed on the way, when some may have been overwritten.
     """
     kept: set[int] = set()
-    reason = "a step with donate=True failed while it overwrote the state"
+    reason: Reason = "a step with donate=True failed while it overwrote the state"
     if new is not None:
-        reason = f"step {int(new.step)} was computed with donate=True"
+        step = new.step
+        reason = lambda: f"step {int(step)} was computed with donate=True"  # noqa: E731
         kept.add(id(new))
         found = _survey(new, _OVERWRITABLE)
         for node in found.containers:

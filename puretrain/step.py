@@ -202,8 +202,13 @@ def train_step(
             finite = _all_finite(result, tracing)
             if nonfinite == "raise":
                 _raise_unless(finite if scale is None else result.loss.isfinite(), given, result)
+        counts: dict[str, Tensor] = {"step": given.step, "updates": given.updates}
+        if tracing or accumulate > 1 or finite is not True:
+            counts = {"step": given.step + 1}
+        else:  # in one call: on small tensors a call costs more than what it does
+            counts = dict(zip(counts, torch._foreach_add([*counts.values()], 1), strict=True))
         counted = {
-            "step": given.step + 1,
+            **counts,
             "metrics": result.metrics,
             "loss_scale": _rescale(scale, finite),
         }
@@ -237,8 +242,9 @@ def train_step(
             accumulator = accumulator.replace(
                 count=torch.zeros_like(accumulator.count), seen=torch.zeros_like(accumulator.seen)
             )
+        updates = changes["updates"] if "updates" in changes else state.updates + 1
         new = {"params": params, "opt_state": opt_state, "accumulator": accumulator}
-        return state.replace(**(changes | new), updates=state.updates + 1)
+        return state.replace(**(changes | new | {"updates": updates}))
 
     def with_accumulator(state: S) -> S:
         if accumulate == 1 or isinstance(state.accumulator, Accumulator):

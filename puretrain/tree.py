@@ -184,7 +184,7 @@ class FrozenDict(Mapping[str, T]):
 
     __slots__ = ("__weakref__", "_donated", "_items", "_owned")
     _items: dict[str, T]
-    _donated: str
+    _donated: Reason
     _owned: bool  # set by `puretrain.state`
 
     def __init__(self, items: Mapping[str, T] | Iterable[tuple[str, T]] = (), /, **more: T) -> None:
@@ -357,8 +357,14 @@ def nodes(tree: Any) -> list[Record | FrozenDict[Any]]:
     return found
 
 
-def invalidate(node: Record | FrozenDict[Any], reason: str) -> None:
-    """Empty a node whose memory was given away, so that reading it raises DonatedStateError."""
+Reason = str | Callable[[], str]
+
+
+def invalidate(node: Record | FrozenDict[Any], reason: Reason) -> None:
+    """Empty a node whose memory was given away, so that reading it raises DonatedStateError.
+
+    The reason may be a function, since it is hardly ever asked for.
+    """
     if isinstance(node, Record):
         node.__dict__.clear()
         node.__dict__["_donated"] = reason
@@ -367,9 +373,10 @@ def invalidate(node: Record | FrozenDict[Any], reason: str) -> None:
         object.__delattr__(node, "_items")
 
 
-def _donated_message(what: str, reason: str) -> str:
+def _donated_message(what: str, reason: Reason) -> str:
+    why = reason if isinstance(reason, str) else reason()
     return (
-        f"this {what} was given up: {reason}, and its memory was used for the next state. "
+        f"this {what} was given up: {why}, and its memory was used for the next state. "
         "Use the state that the step returned, or keep this one with `lease(state)` or donate=False"
     )
 

@@ -240,18 +240,26 @@ def _update(
         leaves, columns, rows = _by_formula(method, gradients, leaves, columns, rows, h, _replaced)
         count = state.count + _ONE
     else:
-        with torch.no_grad():
-            if not donate:
-                leaves = [leaf.clone() for leaf in leaves]
-                columns = [[x.clone() for x in column] for column in columns]
-                rows = {vector: row.clone() for vector, row in rows.items()}
-            if known is not None and known.direct and all(map(Tensor.is_contiguous, gradients)):
-                if "step" in rows:
-                    rows["step"].add_(_ONE)
-                cast(Kernel, method.fused_kernel)(leaves, gradients, columns, rows, h)
-            else:
+        direct = (
+            known is not None
+            and known.direct
+            and donate
+            and all(map(Tensor.is_contiguous, gradients))
+            and not any(x.requires_grad for x in gradients)
+        )
+        if direct:
+            count = state.count
+            # in one call: on small tensors a call costs more than what it does
+            torch._foreach_add_([count, rows["step"]] if "step" in rows else [count], 1)
+            cast(Kernel, method.fused_kernel)(leaves, cast(Column, gradients), columns, rows, h)
+        else:
+            with torch.no_grad():
+                if not donate:
+                    leaves = [leaf.clone() for leaf in leaves]
+                    columns = [[x.clone() for x in column] for column in columns]
+                    rows = {vector: row.clone() for vector, row in rows.items()}
                 _in_place(method, gradients, leaves, columns, rows, h)
-            count = state.count.add_(_ONE) if donate else state.count + _ONE
+                count = state.count.add_(_ONE) if donate else state.count + _ONE
     if known is not None:
         names = params._items
         new_params: Any = frozen_dict(names, leaves)
@@ -312,6 +320,7 @@ def _remember(
         direct = (
             all(map(takes, leaves))
             and all(map(Tensor.is_contiguous, chain(leaves, *columns)))
+            and not any(x.requires_grad for x in chain(leaves, *columns))
             and len({(x.device, x.dtype) for x in leaves}) <= 1
         )
         kinds = [(x.shape, x.dtype) for x in leaves]
