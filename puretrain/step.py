@@ -68,6 +68,9 @@ class Aux(Record):
     """Metrics by name: tensors of shape ``()`` or metric records. No gradient flows from them."""
 
 
+_NOTHING = Aux()  # made here, since a compiler can't follow the making of a frozen record
+
+
 class Loss(Protocol):
     """A pure loss function."""
 
@@ -489,7 +492,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _check_loss(returned: Any) -> tuple[Tensor, Aux]:
     value, aux = (
-        returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, Aux())
+        returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, _NOTHING)
     )
     if not isinstance(value, Tensor) or not isinstance(aux, Aux):
         raise LossError(

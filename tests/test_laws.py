@@ -512,6 +512,17 @@ def test_optimizers_compile_with_the_step(optimizer):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_a_loss_that_returns_nothing_besides_compiles():
+    optimizer = pt.optim.sgd(0.1)
+    step = pt.train_step(
+        lambda params, buffers, batch, key: (params["w"] * batch).sum(), optimizer, draws=False
+    )
+    state = pt.TrainState.create({"w": torch.ones(2)}, None, optimizer, key=pt.random.key(0))
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert tree_equal(compiled(state, torch.ones(2)).params, step(state, torch.ones(2)).params)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_that_inductor_has_compiled():
     compiled_equals_eager("inductor", "mlp", pt.optim.adamw(0.01))
 
