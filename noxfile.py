@@ -138,7 +138,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=False)
 def types(session: nox.Session) -> None:
     """Check the package's types with mypy --strict."""
-    install(session, "types")
+    install(session, "types", "test")  # the optional packages that the tests use have types too
     session.run(PYTHON, "-m", "mypy", *session.posargs)
 
 
