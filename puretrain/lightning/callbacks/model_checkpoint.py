@@ -103,7 +103,9 @@ class ModelCheckpoint(Callback):
             raise MisconfigurationException(
                 f"Invalid value for save_top_k={save_top_k}. Must be >= -1"
             )
-        self.every_n_epochs_given = every_n_epochs
+        self._speaks_2 = (
+            every_n_epochs is not None or save_on_exception or not enable_version_counter
+        )
         epochs = next(
             (n for n in (every_n_epochs, every_n_val_epochs, period) if n is not None), None
         )
@@ -273,7 +275,9 @@ class ModelCheckpoint(Callback):
         metrics = {k: deepcopy(v) for k, v in trainer.callback_metrics.items()}
         metrics.setdefault("epoch", torch.tensor(trainer.current_epoch))
         metrics["epoch"] = torch.as_tensor(metrics["epoch"]).int()
-        metrics["step"] = torch.as_tensor(metrics.get("step", trainer._steps_done)).int()
+        # in 1.x the last step's number, from 0; in 2.x how many steps were made
+        number = trainer._steps_done - (0 if trainer._speaks_2 or self._speaks_2 else 1)
+        metrics["step"] = torch.as_tensor(metrics.get("step", max(number, 0))).int()
         return metrics
 
     def _write(self, trainer: Any, path: str) -> None:

@@ -116,6 +116,7 @@ class Trainer:
     ) -> None:
         """Take the arguments of Lightning 1.1 to 1.3 and of 2.x; docs/lightning.md has a table."""
         self._arguments = {k: v for k, v in locals().items() if k != "self"}
+        self._speaks_2 = _has_arguments_of_2(self._arguments)
         self._module: Any = None
         self.datamodule: Any = None
         self.callbacks: list[Any] = []
@@ -1540,6 +1541,17 @@ class Trainer:
 
 def _limit(limit: Any) -> Any:
     return 1.0 if limit is None else limit
+
+
+def _has_arguments_of_2(given: dict[str, Any]) -> bool:
+    """Whether a trainer is made with arguments, or values of them, that 1.x has not."""
+    parameters = inspect.signature(Trainer.__init__).parameters.values()
+    later = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return (
+        any(given[p.name] != p.default for p in later)
+        or given["accelerator"] in ("auto", "cpu", "gpu", "cuda")
+        or str(given["precision"]).endswith(("-mixed", "-true"))
+    )
 
 
 def _checkpoints_last(callbacks: list[Any]) -> list[Any]:
