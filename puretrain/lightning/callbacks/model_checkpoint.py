@@ -243,7 +243,7 @@ class ModelCheckpoint(Callback):
             trainer.fast_dev_run
             or trainer._fn != "fit"
             or trainer.sanity_checking
-            or self._last_global_step_saved == trainer._steps_done
+            or self._last_global_step_saved == self._count(trainer)
         )
 
     # ── What ──────────────────────────────────────────────────────────────────────────────────────
@@ -262,7 +262,7 @@ class ModelCheckpoint(Callback):
                 f"{known}. HINT: Did you call self.log('{self.monitor}', tensor) in the "
                 "LightningModule?"
             )
-        self._last_global_step_saved = trainer._steps_done
+        self._last_global_step_saved = self._count(trainer)
         if self.save_top_k != 0:
             if self.monitor is not None:
                 self._save_monitored(trainer, metrics)
@@ -270,6 +270,11 @@ class ModelCheckpoint(Callback):
                 self._save_newest(trainer, metrics)
         if self.save_last:
             self._save_the_last(trainer, metrics)
+
+    @staticmethod
+    def _count(trainer: Any) -> int:
+        """How many steps were made; programs may set ``trainer.global_step`` without any."""
+        return max(int(trainer._steps_done), int(trainer.global_step))
 
     def _candidates(self, trainer: Any) -> dict[str, Any]:
         metrics = {k: deepcopy(v) for k, v in trainer.callback_metrics.items()}

@@ -105,6 +105,12 @@ class tqdm:  # noqa: N801 - the name by which programs import it
         tail = f", {self.postfix}" if self.postfix else ""
         return f"{self.desc}: {share}{bar}{count} [{elapsed:.0f}s, {rate:.2f}it/s{tail}]"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "file": None, "_live": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, file=sys.stderr)
+
     def close(self) -> None:
         """End the line."""
         if self._live is not None:

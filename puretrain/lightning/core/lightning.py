@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -617,12 +618,23 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
         return script
 
     def to_onnx(self, file_path: Any, input_sample: Any = None, **kwargs: Any) -> None:
-        """Write the module as ONNX; needs the package ``onnx``."""
+        """Write the module as ONNX; needs ``puretrain[onnx]``.
+
+        Raises:
+            ValueError: there is no input to run the module with.
+            MisconfigurationException: the packages are missing.
+        """
         example = self.example_input_array if input_sample is None else input_sample
         if example is None:
             raise ValueError(
                 "Could not export to ONNX since neither `input_sample` nor "
                 "`model.example_input_array` attribute is set."
+            )
+        missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+        if missing:
+            raise MisconfigurationException(
+                f"to_onnx needs the package {' and '.join(missing)}: "
+                "pip install 'puretrain[onnx]'"
             )
         training = self.training
         self.eval()

@@ -521,6 +521,17 @@ class Trainer:
         """What the trainer does, or how that ended."""
         return StateView(self._state, self._fn, self._stage)
 
+    @state.setter
+    def state(self, state: TrainerState) -> None:
+        self._state = TrainerState(str(state))
+        if self._state == TrainerState.FITTING:
+            self._fn = TrainerFn.FITTING
+
+    @property
+    def logger_connector(self) -> _Metrics:
+        """Where 1.x keeps the logged values."""
+        return _Metrics(self)
+
     @property
     def train_state(self) -> Any:
         """The run as a :class:`puretrain.TrainState` whose tensors are the module's own."""
@@ -1069,8 +1080,6 @@ class Trainer:
         if path is not None:
             state = checkpointing.restore_fit(self, path, state)
             self._resume_accumulation(int(state.cursor.epoch))
-        if self._detect_anomaly:
-            torch.autograd.set_detect_anomaly(True)
         self._sanity_check()
         self._stage = RunningStage.TRAINING
         self._results = self._train_results
@@ -1085,7 +1094,7 @@ class Trainer:
             self._generators_to_restore = None
         self._fold = state
         try:
-            with self._watching_signals():
+            with self._watching_signals(), self._detecting_anomaly():
                 self._fold = training.run_fit(self, state)
         except KeyboardInterrupt:
             rank_zero_warn("Detected KeyboardInterrupt, attempting graceful shutdown...")
@@ -1099,6 +1108,10 @@ class Trainer:
         call(self, "on_fit_end")
         if self._profiles and hasattr(self.profiler, "describe"):
             self.profiler.describe()
+
+    def _detecting_anomaly(self) -> Any:
+        wanted = self._detect_anomaly
+        return torch.autograd.set_detect_anomaly(True) if wanted else contextlib.nullcontext()
 
     def _profile(self, action: str) -> Any:
         """Measure what happens in a block, if there is a profiler."""
@@ -1537,6 +1550,28 @@ class Trainer:
 
     def __repr__(self) -> str:
         return f"<Trainer {self._state.value.lower()}>"
+
+
+class _Metrics:
+    """The metrics of a trainer under the name of an object of 1.x; they can be set, too."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        object.__setattr__(self, "_trainer", trainer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _METRICS:
+            raise AttributeError(f"the trainer's logger_connector has no attribute {name!r}")
+        return getattr(self._trainer, name)
+
+    def __setattr__(self, name: str, values: Any) -> None:
+        setattr(self._trainer, _METRICS[name], dict(values))
+
+
+_METRICS = {
+    "callback_metrics": "_callback_metrics",
+    "logged_metrics": "_logged_metrics",
+    "progress_bar_metrics": "_bar_metrics",
+}
 
 
 def _limit(limit: Any) -> Any:
