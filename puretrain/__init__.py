@@ -34,6 +34,7 @@ from puretrain.run import Run, command_line, new_directory
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import Aux, eval_step, train_step
 from puretrain.tree import FrozenDict, Record, field
+from puretrain.tuning import RangeTest, lr_find
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "Event",
     "FrozenDict",
     "Interrupted",
+    "RangeTest",
     "Record",
     "Reducer",
     "Run",
@@ -69,6 +71,7 @@ __all__ = [
     "load",
     "load_into",
     "load_part",
+    "lr_find",
     "lr_monitor",
     "metrics",
     "nan_guard",

@@ -23,6 +23,7 @@ _EPILOG = """\
 examples:
   puretrain fit examples/digits.py            train what the file describes
   puretrain fit examples/digits.py --resume   go on where it stopped
+  puretrain lr-find train.py                  look for a learning rate
   puretrain inspect runs/digits               look at its newest checkpoint
   puretrain replay runs/digits                take its steps again, and compare them bit for bit
 """

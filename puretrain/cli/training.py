@@ -1,4 +1,4 @@
-"""``puretrain fit``: run what a Python file describes."""
+"""``puretrain fit`` and ``lr-find``: run what a Python file describes, or try learning rates."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from puretrain.replay.program import load_run
 from puretrain.run import Run, command_line
 from puretrain.state import TrainState
 from puretrain.tree import tree_digest
+from puretrain.tuning import lr_find
 
 __all__ = ["add_commands"]
 
@@ -42,9 +43,22 @@ exit status: 0 at the end of the run, 2 after an error, 130 after Ctrl-C and 143
 state is saved then, and --resume goes on from it.
 """
 
+_LR_FIND = """\
+Train what a Python file describes for a little while, with a learning rate that grows from update
+to update, and draw the loss over it. Where the loss falls most steeply is a good learning rate.
+Nothing is written, and the run is left as it is. The file makes a puretrain.Run as for
+`puretrain fit`; its optimizer is made with puretrain.optim.inject_hyperparams, so that the learning
+rate is a part of the state.
+"""
+_LR_FIND_EXAMPLES = """\
+examples:
+  puretrain lr-find train.py
+  puretrain lr-find train.py:run --set batch_size=64 --min 1e-5 --max 10
+"""
+
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
-    """Add the command to the parser."""
+    """Add the commands to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "fit",
         help="train what a Python file describes",
@@ -57,14 +71,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--epochs", type=int, metavar="N", help="end after N epochs in all")
     parser.add_argument("--steps", type=int, metavar="N", help="end after N steps in all")
     parser.add_argument("--directory", metavar="DIR", help="keep logs and checkpoints there")
-    parser.add_argument("--seed", type=int, metavar="N", help="the seed of the run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="pass an argument to the function; may be repeated",
-    )
+    _add_run_options(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -74,7 +81,72 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="go on from this checkpoint, or the newest good one of this or the run's directory",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return [parser]
+    return [parser, _add_lr_find(commands)]
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, metavar="N", help="the seed of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="pass an argument to the function; may be repeated",
+    )
+
+
+def _add_lr_find(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "lr-find",
+        help="look for a learning rate",
+        description=_LR_FIND,
+        epilog=_LR_FIND_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_lr_find, foreign_code=True)
+    parser.add_argument("target", metavar="FILE[:NAME]", help="the Python file, and what in it")
+    parser.add_argument("--min", type=float, default=1e-6, metavar="LR", help="default: 1e-6")
+    parser.add_argument("--max", type=float, default=1.0, metavar="LR", help="default: 1")
+    parser.add_argument(
+        "--updates", type=int, default=100, metavar="N", help="learning rates to try; default: 100"
+    )
+    parser.add_argument("--linear", action="store_true", help="equal steps instead of factors")
+    parser.add_argument(
+        "--name", default="lr", help="the hyper-parameter; default: lr", metavar="NAME"
+    )
+    _add_run_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the points as JSON")
+    return parser
+
+
+def _lr_find(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        run = _load_run(options)
+        test = lr_find(
+            run.state,
+            run.step,
+            run.batches,
+            min_lr=options.min,
+            max_lr=options.max,
+            updates=options.updates,
+            mode="linear" if options.linear else "exponential",
+            name=options.name,
+        )
+    suggestion = test.suggestion()
+    if options.json:
+        points = {"lr": test.lr, "loss": test.loss, "raw": test.raw}
+        write_json({"suggestion": suggestion, "diverged": test.diverged, **points})
+        return 0
+    write(test.chart())
+    ended = "diverged" if test.diverged else "went on to the end"
+    write(f"loss over learning rate, smoothed: {len(test.lr)} updates, {ended}")
+    if suggestion is None:
+        write("suggestion  none: too few finite losses; give a lower --min, or more --updates")
+    else:
+        write(
+            f"suggestion  {options.name} {format_number(suggestion)}, where the loss falls fastest"
+        )
+    return 0
 
 
 def _fit(options: argparse.Namespace) -> int:
