@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 import time
 import warnings
 from typing import NamedTuple
@@ -438,6 +439,45 @@ def test_a_dead_and_a_stuck_worker():
     with pytest.raises(DataError, match="timed out after 1 seconds"):
         list(batches(Slow(4), 2, num_workers=1, timeout=1))
     assert not multiprocessing.active_children()
+
+
+class Fatal:
+    """Kills the process that it comes from while it is unpickled."""
+
+    def __init__(self):
+        self.origin = os.getpid()
+
+    def __reduce__(self):
+        return os.kill, (self.origin, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_killed_while_it_hands_over_a_tensor(stream):
+    def sample():
+        return Fatal(), torch.ones(1000)
+
+    class Interrupted(Numbers):
+        def __getitem__(self, index):
+            return sample()
+
+    class InterruptedStream(IterableDataset):
+        def __iter__(self):
+            return iter([sample()])
+
+    source = InterruptedStream() if stream else Interrupted(8)
+    for _ in range(5):  # what breaks first is a matter of luck
+        with pytest.raises(DataError, match="worker that reads the source is gone"):
+            list(batches(source, 1, num_workers=1, collate=lambda items: items[0]))
+    assert not multiprocessing.active_children()
+
+
+def test_a_connection_that_breaks_in_the_dataset_is_its_own_error():
+    class Remote(Numbers):
+        def __getitem__(self, index):
+            raise ConnectionResetError("the server is away")
+
+    with pytest.raises(ConnectionResetError, match="the server is away"):
+        list(batches(Remote(8), 2, num_workers=1))
 
 
 def test_workers_of_a_stream_take_turns(untouched):

@@ -204,7 +204,7 @@ class Samples:
     ) -> Generator[Any, None, None]:
         loader = self.idle.pop() if self.idle else _loader(fetch, plan, seed, sampler=_Requests())
         cast(_Requests, loader.sampler).current = requests
-        workers = iter(loader)
+        workers = _started(loader)
         reusable = False
         try:
             yield from _received(workers)
@@ -434,7 +434,7 @@ class Stream:
             )
         seed = plan.epoch_seed(epoch)
         share = _WorkerShare(self._of_epoch(epoch), seed if plan.sample_seeds else None)
-        workers = iter(_loader(share, plan, seed))
+        workers = _started(_loader(share, plan, seed))
         return _Run(_received(workers), lambda _: mark, functools.partial(_shut_down, workers))
 
 
@@ -492,26 +492,59 @@ def _start_worker(worker_init: Callable[[int], None] | None, number: int) -> Non
         worker_init(number)
 
 
+_LOSSES = (RuntimeError, ConnectionError, EOFError)
+"""What torch raises when a worker is gone, among other things."""
+
+
+def _started(loader: DataLoader[Any]) -> Any:
+    try:
+        return iter(loader)
+    except _LOSSES as error:
+        _raise_if_lost(error)
+        raise
+
+
 def _received(workers: Any) -> Iterator[Any]:
     while True:
         try:
             batch = next(workers)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
-                raise  # the caller's own error, which holds the traceback from the worker
-            raise DataError(
-                f"a worker that reads the source is gone or stuck: {error}. If it was killed for "
-                "lack of memory, use fewer workers or a smaller prefetch_factor; num_workers=0 "
-                "shows an error of the dataset itself; timeout= is in seconds"
-            ) from error
+        except _LOSSES as error:
+            _raise_if_lost(error)
+            raise
         yield batch
+
+
+def _raise_if_lost(error: BaseException) -> None:
+    # Else it is the caller's own error, which holds the traceback from the worker.
+    if _tells_of_a_lost_worker(error):
+        what = str(error) or type(error).__name__
+        raise DataError(
+            f"a worker that reads the source is gone or stuck: {what}. If it was killed for "
+            "lack of memory, use fewer workers or a smaller prefetch_factor; num_workers=0 "
+            "shows an error of the dataset itself; timeout= is in seconds"
+        ) from error
+
+
+def _tells_of_a_lost_worker(error: BaseException) -> bool:
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    # The connection over which a worker hands its tensors broke, unless the error was raised in
+    # the worker, by the dataset: torch raises that again as the same type, and says so.
+    return not (text.startswith("Caught ") and "in DataLoader worker process" in text)
 
 
 def _shut_down(workers: Any) -> None:
     # Their iterator does so when it is collected, but a traceback may keep it alive for long.
-    workers._shutdown_workers()
+    try:
+        workers._shutdown_workers()
+    except RuntimeError as error:
+        # Torch's signal handler raises wherever the main thread is when a worker was killed. Here
+        # they are to end anyway; if that has lost a batch, a DataError is on its way.
+        if not _tells_of_a_lost_worker(error):
+            raise
 
 
 # ── What a source is ──────────────────────────────────────────────────────────────────────────────
