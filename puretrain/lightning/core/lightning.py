@@ -633,8 +633,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
         missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
         if missing:
             raise MisconfigurationException(
-                f"to_onnx needs the package {' and '.join(missing)}: "
-                "pip install 'puretrain[onnx]'"
+                f"to_onnx needs the package {' and '.join(missing)}: pip install 'puretrain[onnx]'"
             )
         training = self.training
         self.eval()

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["call", "hooks_of", "implements", "takes"]
+__all__ = ["call", "call_module", "hooks_of", "implements", "is_late", "is_of_lightning", "takes"]
 
 _BASES = {
     "Callback",
@@ -58,15 +58,35 @@ def takes(function: Callable[..., Any]) -> int:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+def is_of_lightning(cls: type, name: str) -> bool:
+    """Whether a class is, or inherits from, the real Lightning's of a name."""
+    roots = ("pytorch_lightning", "lightning")
+    return any(
+        base.__name__ == name and base.__module__.partition(".")[0] in roots for base in cls.__mro__
+    )
+
+
+def is_late(callback: Any) -> bool:
+    """Whether a callback counts on 2.x's order, where validation is part of the epoch.
+
+    The real EarlyStopping and ModelCheckpoint look in ``on_train_epoch_end`` for metrics of it.
+    """
+    names = ("EarlyStopping", "ModelCheckpoint")
+    return any(is_of_lightning(type(callback), name) for name in names)
+
+
 def hooks_of(trainer: Any, name: str) -> Hooks | None:
     """Who has a hook of a name: found once, then remembered until the callbacks change."""
     known = trainer._hooks
     if name in known:
         return known[name]
     first, last = [], []
+    kind, _, moment = name.partition(":")
     for callback in trainer.callbacks:
-        if implements(callback, name):
-            method = getattr(callback, name)
+        if kind == "on_train_epoch_end" and is_late(callback) is not (moment == "late"):
+            continue
+        if implements(callback, kind):
+            method = getattr(callback, kind)
             late = name in _AFTER_MODULE and getattr(callback, "_looks_at_metrics", False)
             (last if late else first).append((method, max(takes(method) - 2, 0)))
     module = trainer._module

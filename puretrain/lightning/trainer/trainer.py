@@ -21,6 +21,7 @@ from torch import Tensor
 from puretrain.lightning.core.optimizer import LightningOptimizer
 from puretrain.lightning.trainer import checkpointing, evaluation, loaders, training
 from puretrain.lightning.trainer.calls import call, implements, takes
+from puretrain.lightning.trainer.foreign import OneProcess, adopt
 from puretrain.lightning.trainer.optimization import configure
 from puretrain.lightning.trainer.results import Results
 from puretrain.lightning.trainer.states import RunningStage, StateView, TrainerFn, TrainerState
@@ -531,6 +532,11 @@ class Trainer:
     def logger_connector(self) -> _Metrics:
         """Where 1.x keeps the logged values."""
         return _Metrics(self)
+
+    @property
+    def strategy(self) -> Any:
+        """What callbacks of 2.x ask to reduce a decision and the like."""
+        return OneProcess(self._device)
 
     @property
     def train_state(self) -> Any:
@@ -1348,6 +1354,7 @@ class Trainer:
             self._begin()
         self._state, self._fn = state, fn
         self._module = model
+        adopt(model)
         model.trainer = self
         if datamodule is not None or fn is TrainerFn.FITTING:
             self.datamodule = datamodule

@@ -319,6 +319,7 @@ def _end_epoch(trainer: Any, due: int, *, resumed: bool = False) -> None:
             _validate(trainer, NOTHING_DUE, NOTHING_DUE)
         else:
             _validate(trainer, EPOCH_VALIDATING, EPOCH_VALIDATED)
+    call(trainer, "on_train_epoch_end:late")
     if trainer._monitored["epoch"] and not cut:
         step_schedulers(trainer, "epoch", plateau=True)
     trainer._validation_follows = False

@@ -19,7 +19,12 @@ from pytorch_lightning.callbacks import (
     ProgressBar,
     ProgressBarBase,
 )
-from pytorch_lightning.loggers import CSVLogger, LightningLoggerBase, LoggerCollection, TensorBoardLogger
+from pytorch_lightning.loggers import (
+    CSVLogger,
+    LightningLoggerBase,
+    LoggerCollection,
+    TensorBoardLogger,
+)
 from pytorch_lightning.loggers.base import DummyExperiment, DummyLogger, rank_zero_experiment
 from pytorch_lightning.utilities import AttributeDict, is_picklable, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -45,7 +50,9 @@ def test_one_argument(tmpdir, cls, make):
     assert model.hparams.test_arg == 14
     trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=2)
     trainer.fit(model)
-    raw = os.path.join(trainer.checkpoint_callback.dirpath, os.listdir(trainer.checkpoint_callback.dirpath)[0])
+    raw = os.path.join(
+        trainer.checkpoint_callback.dirpath, os.listdir(trainer.checkpoint_callback.dirpath)[0]
+    )
     ckpt = torch.load(raw, weights_only=False)
     assert LightningModule.CHECKPOINT_HYPER_PARAMS_KEY in ckpt
     assert ckpt[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]["test_arg"] == 14
@@ -123,11 +130,17 @@ def test_hparams_file(tmpdir):
             super().__init__()
             self.save_hyperparameters()
 
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1,
-                      logger=CSVLogger(str(tmpdir)))
+    trainer = Trainer(
+        default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, logger=CSVLogger(str(tmpdir))
+    )
     trainer.fit(Model(lr=0.5))
     yml = os.path.join(trainer.logger.log_dir, "hparams.yaml")
-    assert Model.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, hparams_file=yml).hparams.lr == 0.5
+    assert (
+        Model.load_from_checkpoint(
+            trainer.checkpoint_callback.best_model_path, hparams_file=yml
+        ).hparams.lr
+        == 0.5
+    )
 
 
 def test_hparams_assign_errors():
@@ -163,7 +176,9 @@ def test_datamodule(tmpdir):
             super().__init__()
             self.data_dir, self.batch_size = data_dir, batch_size
 
-    args = Args.add_argparse_args(parser).parse_args(["--data_dir", str(tmpdir), "--batch_size", "8"])
+    args = Args.add_argparse_args(parser).parse_args(
+        ["--data_dir", str(tmpdir), "--batch_size", "8"]
+    )
     assert Args.from_argparse_args(args).batch_size == 8
     found = LightningDataModule.from_datasets(RandomDataset(), batch_size=4)
     assert len(found.train_dataloader()) == 16
@@ -244,8 +259,15 @@ def test_with_accumulate_and_tb(tmpdir):
             self.log("foo", 1, on_step=True, on_epoch=True)
             return super().training_step(*args)
 
-    trainer = Trainer(default_root_dir=tmpdir, limit_train_batches=12, limit_val_batches=0, max_epochs=1,
-                      accumulate_grad_batches=2, logger=[Logger(str(tmpdir))], log_every_n_steps=3)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        limit_train_batches=12,
+        limit_val_batches=0,
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        logger=[Logger(str(tmpdir))],
+        log_every_n_steps=3,
+    )
     trainer.fit(Current())
     assert [s for m, s in logged if "foo_step" in m] == [2, 5]
     assert any("foo_epoch" in m for m, _ in logged)
@@ -253,16 +275,25 @@ def test_with_accumulate_and_tb(tmpdir):
 
 def test_lr_monitor(tmpdir):
     lr_monitor = LearningRateMonitor()
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=2, limit_val_batches=0.1, limit_train_batches=0.5,
-                      callbacks=[lr_monitor])
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=2,
+        limit_val_batches=0.1,
+        limit_train_batches=0.5,
+        callbacks=[lr_monitor],
+    )
     trainer.fit(BoringModel())
     assert lr_monitor.lrs
     assert all(v is None for v in lr_monitor.last_momentum_values.values())
     assert lr_monitor.lr_sch_names == list(lr_monitor.lrs.keys()) == ["lr-SGD"]
-    with pytest.raises(MisconfigurationException, match="logging_interval should be `step` or `epoch`"):
+    with pytest.raises(
+        MisconfigurationException, match="logging_interval should be `step` or `epoch`"
+    ):
         LearningRateMonitor(logging_interval="foo")
     with pytest.raises(MisconfigurationException, match="`Trainer` that has no logger"):
-        Trainer(default_root_dir=tmpdir, logger=False, max_epochs=1, callbacks=[LearningRateMonitor()]).fit(BoringModel())
+        Trainer(
+            default_root_dir=tmpdir, logger=False, max_epochs=1, callbacks=[LearningRateMonitor()]
+        ).fit(BoringModel())
 
 
 def test_early_stopping_state(tmpdir):
@@ -283,7 +314,13 @@ def test_early_stopping_state(tmpdir):
 
     stop = Stop(monitor="abc", patience=1)
     ckpt = ModelCheckpoint(dirpath=tmpdir, monitor="abc", save_top_k=1)
-    trainer = Trainer(default_root_dir=tmpdir, callbacks=[stop, ckpt], max_epochs=5, limit_train_batches=2, limit_val_batches=2)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        callbacks=[stop, ckpt],
+        max_epochs=5,
+        limit_train_batches=2,
+        limit_val_batches=2,
+    )
     trainer.fit(Current())
     assert stop.stopped_epoch == trainer.current_epoch == 1
     path = ckpt.best_model_path
@@ -292,8 +329,13 @@ def test_early_stopping_state(tmpdir):
     states = checkpoint["callbacks"]
     assert any("best_score" in s for s in states.values())
     with pytest.raises(RuntimeError, match="conditioned on metric `zzz` which is not available"):
-        Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=1,
-                callbacks=[EarlyStopping("zzz")]).fit(Current())
+        Trainer(
+            default_root_dir=tmpdir,
+            max_epochs=1,
+            limit_train_batches=1,
+            limit_val_batches=1,
+            callbacks=[EarlyStopping("zzz")],
+        ).fit(Current())
     with pytest.raises(MisconfigurationException, match="`mode` can be"):
         EarlyStopping(monitor="a", mode="unknown_option")
 
@@ -301,11 +343,21 @@ def test_early_stopping_state(tmpdir):
 def test_checkpoint_names(tmpdir):
     name = ModelCheckpoint._format_checkpoint_name(None, 3, 2, {})
     assert name == "epoch=3-step=2"
-    assert ModelCheckpoint._format_checkpoint_name(None, 3, 2, {}, prefix="test") == "test-epoch=3-step=2"
+    assert (
+        ModelCheckpoint._format_checkpoint_name(None, 3, 2, {}, prefix="test")
+        == "test-epoch=3-step=2"
+    )
     assert ModelCheckpoint._format_checkpoint_name("{acc}", 3, 2, {"acc": 0.03}) == "acc=0.03"
-    assert ModelCheckpoint._format_checkpoint_name("{epoch:03d}-{acc:03.4f}", 3, 2, {"acc": 0.03}) == "epoch=003-acc=0.0300"
-    ckpt = ModelCheckpoint(dirpath=tmpdir, filename="{epoch}_{val/loss:.5f}", auto_insert_metric_name=False)
-    assert os.path.basename(ckpt.format_checkpoint_name(4, 3, {"val/loss": 0.03})) == "4_0.03000.ckpt"
+    assert (
+        ModelCheckpoint._format_checkpoint_name("{epoch:03d}-{acc:03.4f}", 3, 2, {"acc": 0.03})
+        == "epoch=003-acc=0.0300"
+    )
+    ckpt = ModelCheckpoint(
+        dirpath=tmpdir, filename="{epoch}_{val/loss:.5f}", auto_insert_metric_name=False
+    )
+    assert (
+        os.path.basename(ckpt.format_checkpoint_name(4, 3, {"val/loss": 0.03})) == "4_0.03000.ckpt"
+    )
     ckpt = ModelCheckpoint(monitor="early_stop_on", dirpath=None, filename="{epoch}")
     assert ckpt.format_checkpoint_name(3, 2, {}) == "epoch=3.ckpt"
     assert ckpt.format_checkpoint_name(3, 2, {}, ver=5) == "epoch=3-v5.ckpt"
@@ -320,11 +372,30 @@ def test_checkpoint_top_k_and_resume(tmpdir):
         def validation_epoch_end(self, outputs):
             self.log("val_loss", torch.tensor(float(5 - self.current_epoch)))
 
-    callback = ModelCheckpoint(dirpath=str(tmpdir), monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=2, save_last=True, period=1)
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=3, limit_train_batches=3, limit_val_batches=2, callbacks=[callback])
+    callback = ModelCheckpoint(
+        dirpath=str(tmpdir),
+        monitor="val_loss",
+        filename="{epoch}-{val_loss:.2f}",
+        save_top_k=2,
+        save_last=True,
+        period=1,
+    )
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=3,
+        limit_train_batches=3,
+        limit_val_batches=2,
+        callbacks=[callback],
+    )
     trainer.fit(Current())
-    assert sorted(f for f in os.listdir(tmpdir) if f.endswith("ckpt")) == ["epoch=1-val_loss=4.00.ckpt", "epoch=2-val_loss=3.00.ckpt", "last.ckpt"]
-    assert callback.best_model_score == 3.0 and callback.kth_best_model_path.endswith("epoch=1-val_loss=4.00.ckpt")
+    assert sorted(f for f in os.listdir(tmpdir) if f.endswith("ckpt")) == [
+        "epoch=1-val_loss=4.00.ckpt",
+        "epoch=2-val_loss=3.00.ckpt",
+        "last.ckpt",
+    ]
+    assert callback.best_model_score == 3.0 and callback.kth_best_model_path.endswith(
+        "epoch=1-val_loss=4.00.ckpt"
+    )
     ckpt = torch.load(callback.last_model_path)
     assert ckpt["epoch"] == 3 and ckpt["global_step"] == 9 and len(ckpt["optimizer_states"]) == 1
     assert trainer.checkpoint_callbacks == [callback]
@@ -332,10 +403,22 @@ def test_checkpoint_top_k_and_resume(tmpdir):
 
 def test_save_every_period_and_steps(tmpdir):
     callback = ModelCheckpoint(dirpath=tmpdir, filename="{epoch}", save_top_k=-1, period=2)
-    Trainer(default_root_dir=tmpdir, max_epochs=5, limit_train_batches=1, limit_val_batches=1, callbacks=[callback]).fit(BoringModel())
+    Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=5,
+        limit_train_batches=1,
+        limit_val_batches=1,
+        callbacks=[callback],
+    ).fit(BoringModel())
     assert sorted(f for f in os.listdir(tmpdir) if "ckpt" in f) == ["epoch=1.ckpt", "epoch=3.ckpt"]
     callback = ModelCheckpoint(dirpath=tmpdir / "s", every_n_train_steps=4, save_top_k=-1)
-    Trainer(default_root_dir=tmpdir, max_epochs=2, limit_train_batches=5, limit_val_batches=1, callbacks=[callback]).fit(BoringModel())
+    Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=2,
+        limit_train_batches=5,
+        limit_val_batches=1,
+        callbacks=[callback],
+    ).fit(BoringModel())
     assert sorted(os.listdir(tmpdir / "s")) == ["epoch=0-step=3.ckpt", "epoch=1-step=7.ckpt"]
 
 
@@ -347,7 +430,12 @@ def test_progress_bar(tmpdir):
     assert trainer.progress_bar_callback is None
     with pytest.raises(MisconfigurationException):
         Trainer(callbacks=[ProgressBar(), ProgressBar()])
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=4, callbacks=[ProgressBar(refresh_rate=2)])
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=1,
+        limit_train_batches=4,
+        callbacks=[ProgressBar(refresh_rate=2)],
+    )
     trainer.fit(BoringModel())
     bar = trainer.progress_bar_callback
     assert bar.main_progress_bar.n == bar.main_progress_bar.total
@@ -370,13 +458,19 @@ def test_progress_bar(tmpdir):
 
 def test_lambda_and_configure_callbacks(tmpdir):
     seen = set()
-    cb = LambdaCallback(on_train_batch_start=lambda *a: seen.add("start"), on_fit_end=lambda *a: seen.add("fit_end"))
+    cb = LambdaCallback(
+        on_train_batch_start=lambda *a: seen.add("start"), on_fit_end=lambda *a: seen.add("fit_end")
+    )
 
     class Current(BoringModel):
         def configure_callbacks(self):
             return [EarlyStopping("x", strict=False)]
 
-    trainer = Trainer(default_root_dir=tmpdir, fast_dev_run=True, callbacks=[cb, GradientAccumulationScheduler({1: 2})])
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        fast_dev_run=True,
+        callbacks=[cb, GradientAccumulationScheduler({1: 2})],
+    )
     trainer.fit(Current())
     assert seen == {"start", "fit_end"} and trainer.early_stopping_callback is not None
     with pytest.raises(TypeError, match="Empty dict cannot be interpreted correct"):
@@ -396,5 +490,7 @@ def test_callback_states(tmpdir):
     trainer = Trainer(default_root_dir=tmpdir, max_steps=1, callbacks=[Cb()])
     trainer.fit(BoringModel())
     path = trainer.checkpoint_callback.best_model_path
-    Trainer(default_root_dir=tmpdir, max_steps=2, callbacks=[Cb()], resume_from_checkpoint=path).fit(BoringModel())
+    Trainer(
+        default_root_dir=tmpdir, max_steps=2, callbacks=[Cb()], resume_from_checkpoint=path
+    ).fit(BoringModel())
     assert Cb.state == 10

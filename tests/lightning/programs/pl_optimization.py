@@ -31,7 +31,11 @@ class Manual(BoringModel):
             loss = compute_loss()
             self.manual_backward(loss, opt_a)
 
-        with opt_a.toggle_model(sync_grad=True) if hasattr(opt_a, "toggle_model") else mock.MagicMock():
+        with (
+            opt_a.toggle_model(sync_grad=True)
+            if hasattr(opt_a, "toggle_model")
+            else mock.MagicMock()
+        ):
             opt_a.step(closure=gen_closure)
             opt_a.zero_grad()
         if batch_idx % 2 == 0:
@@ -43,12 +47,21 @@ class Manual(BoringModel):
     training_epoch_end = None
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.layer.parameters(), lr=0.1), torch.optim.Adam(self.layer.parameters(), lr=0.1)
+        return torch.optim.SGD(self.layer.parameters(), lr=0.1), torch.optim.Adam(
+            self.layer.parameters(), lr=0.1
+        )
 
 
 def test_manual(tmpdir):
     model = Manual()
-    trainer = Trainer(default_root_dir=tmpdir, limit_train_batches=4, limit_val_batches=1, max_epochs=1, log_every_n_steps=1, weights_summary=None)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        limit_train_batches=4,
+        limit_val_batches=1,
+        max_epochs=1,
+        log_every_n_steps=1,
+        weights_summary=None,
+    )
     with mock.patch("torch.optim.Adam.step") as adam, mock.patch("torch.optim.SGD.step") as sgd:
         trainer.fit(model)
     assert sgd.call_count == 4 and adam.call_count == 2
@@ -61,22 +74,36 @@ def test_forms(tmpdir, form):
             o = torch.optim.Adam(self.parameters(), lr=0.1)
             s = torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.1)
             return {
-                "one": o, "list": [o], "two": ([o], [s]),
+                "one": o,
+                "list": [o],
+                "two": ([o], [s]),
                 "dict": {"optimizer": o, "lr_scheduler": s},
-                "dicts": ({"optimizer": o, "lr_scheduler": {"scheduler": s, "interval": "epoch", "name": "x"}},),
+                "dicts": (
+                    {
+                        "optimizer": o,
+                        "lr_scheduler": {"scheduler": s, "interval": "epoch", "name": "x"},
+                    },
+                ),
                 "none": None,
             }[form]
 
     model = Current()
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=2, limit_val_batches=1)
+    trainer = Trainer(
+        default_root_dir=tmpdir, max_epochs=1, limit_train_batches=2, limit_val_batches=1
+    )
     trainer.fit(model)
     assert len(trainer.optimizers) == (0 if form == "none" else 1) or form == "none"
     if form in ("two", "dict", "dicts"):
-        default = dict(interval="epoch", frequency=1, reduce_on_plateau=False, strict=True, name=None)
+        default = dict(
+            interval="epoch", frequency=1, reduce_on_plateau=False, strict=True, name=None
+        )
         for key, value in default.items():
             if not (form == "dicts" and key == "name"):
                 assert trainer.lr_schedulers[0][key] == value
-        assert trainer.lr_schedulers[0]["monitor"] is None or trainer.lr_schedulers[0]["monitor"] == "val_loss"
+        assert (
+            trainer.lr_schedulers[0]["monitor"] is None
+            or trainer.lr_schedulers[0]["monitor"] == "val_loss"
+        )
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
 
 
@@ -85,7 +112,9 @@ def test_unknown_config():
         def configure_optimizers(self):
             return 1
 
-    with pytest.raises(MisconfigurationException, match="Unknown configuration for model optimizers"):
+    with pytest.raises(
+        MisconfigurationException, match="Unknown configuration for model optimizers"
+    ):
         Trainer(fast_dev_run=True).fit(Current())
 
 
@@ -95,16 +124,26 @@ def test_plateau_needs_monitor(tmpdir):
             o = torch.optim.Adam(self.parameters())
             return {"optimizer": o, "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(o)}
 
-    with pytest.raises(MisconfigurationException, match="must include a monitor when a `ReduceLROnPlateau`"):
+    with pytest.raises(
+        MisconfigurationException, match="must include a monitor when a `ReduceLROnPlateau`"
+    ):
         Trainer(fast_dev_run=True).fit(Current())
 
     class Missing(BoringModel):
         def configure_optimizers(self):
             o = torch.optim.Adam(self.parameters())
-            return {"optimizer": o, "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(o), "monitor": "nope"}
+            return {
+                "optimizer": o,
+                "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(o),
+                "monitor": "nope",
+            }
 
-    with pytest.raises(MisconfigurationException, match="ReduceLROnPlateau conditioned on metric nope"):
-        Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=1).fit(Missing())
+    with pytest.raises(
+        MisconfigurationException, match="ReduceLROnPlateau conditioned on metric nope"
+    ):
+        Trainer(
+            default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=1
+        ).fit(Missing())
 
 
 def test_optimizer_step_override(tmpdir):
@@ -118,7 +157,17 @@ def test_optimizer_step_override(tmpdir):
         def training_epoch_end(self, outputs):
             assert len(outputs) == 2
 
-        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure, on_tpu, using_native_amp, using_lbfgs):
+        def optimizer_step(
+            self,
+            epoch,
+            batch_idx,
+            optimizer,
+            optimizer_idx,
+            optimizer_closure,
+            on_tpu,
+            using_native_amp,
+            using_lbfgs,
+        ):
             assert inspect.isfunction(optimizer_closure) or callable(optimizer_closure)
             assert isinstance(optimizer, LightningOptimizer)
             if optimizer_idx == 0 or batch_idx % 2:
@@ -129,10 +178,15 @@ def test_optimizer_step_override(tmpdir):
         def configure_optimizers(self):
             a = torch.optim.SGD(self.layer.parameters(), lr=0.1)
             b = torch.optim.Adam(self.layer.parameters(), lr=0.1)
-            return [a, b], [torch.optim.lr_scheduler.StepLR(a, 1), torch.optim.lr_scheduler.StepLR(b, 1)]
+            return [a, b], [
+                torch.optim.lr_scheduler.StepLR(a, 1),
+                torch.optim.lr_scheduler.StepLR(b, 1),
+            ]
 
     model = Current()
-    Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=4, limit_val_batches=1).fit(model)
+    Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=4, limit_val_batches=1).fit(
+        model
+    )
     assert model.called == {"training_0": 4, "training_1": 2, "step_0": 4, "step_1": 2}
 
 
@@ -144,7 +198,9 @@ def test_log_names_and_metrics(tmpdir):
             self.log("l_s", loss, on_step=True, on_epoch=False, prog_bar=True)
             self.log("l_e", loss, on_step=False, on_epoch=True, prog_bar=True, logger=False)
             self.log("l_se", loss, on_step=True, on_epoch=True)
-            self.log_dict({"p_se": 1, "q": torch.tensor(2.0)}, on_step=True, on_epoch=True, prog_bar=True)
+            self.log_dict(
+                {"p_se": 1, "q": torch.tensor(2.0)}, on_step=True, on_epoch=True, prog_bar=True
+            )
             return loss
 
         training_epoch_end = None
@@ -155,11 +211,45 @@ def test_log_names_and_metrics(tmpdir):
         validation_epoch_end = None
 
     model = Current()
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=2, limit_val_batches=2, log_every_n_steps=1, weights_summary=None)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=2,
+        log_every_n_steps=1,
+        weights_summary=None,
+    )
     trainer.fit(model)
-    assert set(trainer.logged_metrics) == {"epoch", "default", "l_s", "l_se_step", "l_se_epoch", "p_se_step", "p_se_epoch", "q_step", "q_epoch", "val"}
-    assert set(trainer.callback_metrics) >= {"default", "l_s", "l_e", "l_se", "l_se_step", "l_se_epoch", "val"}
-    assert set(trainer.progress_bar_metrics) == {"l_s", "l_e", "p_se_step", "p_se_epoch", "q_step", "q_epoch", "val"}
+    assert set(trainer.logged_metrics) == {
+        "epoch",
+        "default",
+        "l_s",
+        "l_se_step",
+        "l_se_epoch",
+        "p_se_step",
+        "p_se_epoch",
+        "q_step",
+        "q_epoch",
+        "val",
+    }
+    assert set(trainer.callback_metrics) >= {
+        "default",
+        "l_s",
+        "l_e",
+        "l_se",
+        "l_se_step",
+        "l_se_epoch",
+        "val",
+    }
+    assert set(trainer.progress_bar_metrics) == {
+        "l_s",
+        "l_e",
+        "p_se_step",
+        "p_se_epoch",
+        "q_step",
+        "q_epoch",
+        "val",
+    }
     assert trainer.dev_debugger if hasattr(trainer, "dev_debugger") else True
 
 
@@ -196,7 +286,9 @@ def test_several_val_loaders(tmpdir):
         def val_dataloader(self):
             return [DataLoader(RandomDataset()), DataLoader(RandomDataset())]
 
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=2)
+    trainer = Trainer(
+        default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=2
+    )
     trainer.fit(Current())
     assert trainer.callback_metrics["loss/dataloader_idx_1"] == 1
 
@@ -246,10 +338,20 @@ def test_hooks_order(tmpdir):
             return super().transfer_batch_to_device(batch, device)
 
     model = Real()
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer = Trainer(
+        default_root_dir=tmpdir, max_epochs=1, limit_train_batches=1, limit_val_batches=0
+    )
     trainer.fit(model)
-    assert model.called == ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad",
-                            "on_after_backward", "on_train_batch_end", "on_train_epoch_end", "on_train_end"]
+    assert model.called == [
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_before_zero_grad",
+        "on_after_backward",
+        "on_train_batch_end",
+        "on_train_epoch_end",
+        "on_train_end",
+    ]
     Trainer(fast_dev_run=True).fit(Hooks())
 
 
@@ -276,15 +378,22 @@ def test_exports(tmpdir):
     script = model.to_torchscript()
     assert torch.allclose(script(torch.ones(1, 32)), model(torch.ones(1, 32)))
     traced = model.to_torchscript(method="trace", file_path=os.path.join(tmpdir, "a.pt"))
-    assert torch.equal(torch.jit.load(os.path.join(tmpdir, "a.pt"))(torch.ones(1, 32)), traced(torch.ones(1, 32)))
+    assert torch.equal(
+        torch.jit.load(os.path.join(tmpdir, "a.pt"))(torch.ones(1, 32)), traced(torch.ones(1, 32))
+    )
     with pytest.raises(ValueError, match="only supports"):
         model.to_torchscript(method="temp")
     Trainer(fast_dev_run=True).fit(model)
     model.to_torchscript()
     model.example_input_array = None
-    with pytest.raises(ValueError, match="requires either `example_inputs` or `model.example_input_array`"):
+    with pytest.raises(
+        ValueError, match="requires either `example_inputs` or `model.example_input_array`"
+    ):
         model.to_torchscript(method="trace")
-    with pytest.raises(ValueError, match="Could not export to ONNX since neither `input_sample` nor `model.example_input_array`"):
+    with pytest.raises(
+        ValueError,
+        match="Could not export to ONNX since neither `input_sample` nor `model.example_input_array`",
+    ):
         model.to_onnx(os.path.join(tmpdir, "a.onnx"))
 
 
@@ -325,7 +434,9 @@ def test_track_norms_anomaly_time(tmpdir):
             time.sleep(0.05)
             return super().training_step(*args)
 
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=100, max_time={"seconds": 1}, limit_val_batches=0)
+    trainer = Trainer(
+        default_root_dir=tmpdir, max_epochs=100, max_time={"seconds": 1}, limit_val_batches=0
+    )
     trainer.fit(Slow())
     assert trainer.state == TrainerState.FINISHED and 5 < trainer.global_step < 64
 
@@ -337,7 +448,9 @@ def test_track_norms_anomaly_time(tmpdir):
         training_epoch_end = None
 
     with pytest.raises(RuntimeError, match="returned nan values"):
-        Trainer(default_root_dir=tmpdir, max_steps=1, detect_anomaly=True, limit_val_batches=0).fit(Anomalous())
+        Trainer(default_root_dir=tmpdir, max_steps=1, detect_anomaly=True, limit_val_batches=0).fit(
+            Anomalous()
+        )
     assert not torch.is_anomaly_enabled()
 
 
@@ -354,8 +467,14 @@ def test_reload(tmpdir):
             return super().val_dataloader()
 
     model = Current()
-    Trainer(default_root_dir=tmpdir, max_epochs=3, limit_train_batches=2, limit_val_batches=1, num_sanity_val_steps=0,
-            reload_dataloaders_every_epoch=True).fit(model)
+    Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=3,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_epoch=True,
+    ).fit(model)
     assert model.trains == 3 and model.vals == 3
 
 

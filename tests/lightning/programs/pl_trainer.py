@@ -35,7 +35,9 @@ def test_no_val_end_module(tmpdir):
 
     model = Model()
     logger = TensorBoardLogger(str(tmpdir), name="lightning_logs")
-    trainer = Trainer(max_epochs=1, logger=logger, checkpoint_callback=ModelCheckpoint(dirpath=tmpdir))
+    trainer = Trainer(
+        max_epochs=1, logger=logger, checkpoint_callback=ModelCheckpoint(dirpath=tmpdir)
+    )
     result = trainer.fit(model)
     assert result == 1
     new_weights_path = os.path.join(tmpdir, "save_test.ckpt")
@@ -50,15 +52,29 @@ def test_no_val_end_module(tmpdir):
 )
 def test_gradient_accumulation_schedule(tmpdir, schedule, expected):
     class Model(BoringModel):
-        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure=None,
-                           on_tpu=False, using_native_amp=False, using_lbfgs=False):
+        def optimizer_step(
+            self,
+            epoch,
+            batch_idx,
+            optimizer,
+            optimizer_idx,
+            optimizer_closure=None,
+            on_tpu=False,
+            using_native_amp=False,
+            using_lbfgs=False,
+        ):
             self.calls.append((epoch, batch_idx))
             optimizer.step(closure=optimizer_closure)
 
     model = Model()
     model.calls = []
-    trainer = Trainer(accumulate_grad_batches=schedule, limit_train_batches=8, limit_val_batches=1,
-                      max_epochs=4, default_root_dir=tmpdir)
+    trainer = Trainer(
+        accumulate_grad_batches=schedule,
+        limit_train_batches=8,
+        limit_val_batches=1,
+        max_epochs=4,
+        default_root_dir=tmpdir,
+    )
     assert trainer.accumulate_grad_batches == expected[0] or isinstance(schedule, dict)
     trainer.fit(model)
     assert model.calls
@@ -95,8 +111,13 @@ def test_model_checkpoint_options(tmpdir, save_top_k, save_last, expected_files)
 
     losses = [10, 9, 2.8, 5, 2.5]
     checkpoint_callback = ModelCheckpoint(
-        dirpath=tmpdir, filename="{epoch}", monitor="checkpoint_on", save_top_k=save_top_k,
-        save_last=save_last, prefix="", verbose=True,
+        dirpath=tmpdir,
+        filename="{epoch}",
+        monitor="checkpoint_on",
+        save_top_k=save_top_k,
+        save_last=save_last,
+        prefix="",
+        verbose=True,
     )
     checkpoint_callback.save_function = mock_save_function
     trainer = Trainer()
@@ -112,11 +133,16 @@ def test_model_checkpoint_options(tmpdir, save_top_k, save_last, expected_files)
 
 def test_model_checkpoint_only_weights(tmpdir):
     model = BoringModel()
-    trainer = Trainer(max_epochs=1, default_root_dir=tmpdir,
-                      checkpoint_callback=ModelCheckpoint(dirpath=tmpdir, save_weights_only=True))
+    trainer = Trainer(
+        max_epochs=1,
+        default_root_dir=tmpdir,
+        checkpoint_callback=ModelCheckpoint(dirpath=tmpdir, save_weights_only=True),
+    )
     assert trainer.fit(model)
-    path = list(trainer.checkpoint_callback.best_k_models.keys() or
-                [trainer.checkpoint_callback.best_model_path])[0]
+    path = list(
+        trainer.checkpoint_callback.best_k_models.keys()
+        or [trainer.checkpoint_callback.best_model_path]
+    )[0]
     checkpoint = torch.load(path)
     for key in ("optimizer_states", "lr_schedulers"):
         assert key not in checkpoint
@@ -128,16 +154,26 @@ def test_model_checkpoint_only_weights(tmpdir):
 
 def test_dont_restore_when_none(tmpdir):
     model = BoringModel()
-    trainer = Trainer(max_epochs=2, limit_train_batches=2, limit_val_batches=1,
-                      default_root_dir=tmpdir, progress_bar_refresh_rate=0)
+    trainer = Trainer(
+        max_epochs=2,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        default_root_dir=tmpdir,
+        progress_bar_refresh_rate=0,
+    )
     trainer.fit(model)
     path = trainer.checkpoint_callback.best_model_path
     assert Path(path).name == "epoch=1-step=3.ckpt"
     checkpoint = pl_load(path, map_location="cpu")
     assert checkpoint["epoch"] == 2
     assert checkpoint["global_step"] == 4
-    trainer = Trainer(resume_from_checkpoint=path, max_epochs=4, limit_train_batches=2,
-                      limit_val_batches=1, default_root_dir=tmpdir)
+    trainer = Trainer(
+        resume_from_checkpoint=path,
+        max_epochs=4,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        default_root_dir=tmpdir,
+    )
     trainer.fit(model)
     assert trainer.current_epoch == 3 and trainer.global_step == 8
 
@@ -145,8 +181,14 @@ def test_dont_restore_when_none(tmpdir):
 def test_trainer_max_steps_and_epochs(tmpdir):
     model = BoringModel()
     num_train_samples = 64
-    opts = dict(default_root_dir=tmpdir, max_epochs=3, max_steps=num_train_samples + 10,
-                logger=False, weights_summary=None, progress_bar_refresh_rate=0)
+    opts = dict(
+        default_root_dir=tmpdir,
+        max_epochs=3,
+        max_steps=num_train_samples + 10,
+        logger=False,
+        weights_summary=None,
+        progress_bar_refresh_rate=0,
+    )
     trainer = Trainer(**opts)
     trainer.fit(model)
     assert trainer.state == TrainerState.FINISHED
@@ -161,8 +203,14 @@ def test_trainer_max_steps_and_epochs(tmpdir):
 @pytest.mark.parametrize("max_epochs,max_steps,incomplete", [(3, None, False), (None, 20, True)])
 def test_trainer_max_steps_accumulate_batches(tmpdir, max_epochs, max_steps, incomplete):
     model = BoringModel()
-    trainer = Trainer(max_epochs=max_epochs, max_steps=max_steps, limit_train_batches=0.5,
-                      accumulate_grad_batches=10, default_root_dir=tmpdir, weights_summary=None)
+    trainer = Trainer(
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        limit_train_batches=0.5,
+        accumulate_grad_batches=10,
+        default_root_dir=tmpdir,
+        weights_summary=None,
+    )
     trainer.fit(model)
     assert trainer.state == TrainerState.FINISHED
     assert trainer.global_step == (max_steps if incomplete else 12)
@@ -183,8 +231,14 @@ def test_disabled_training(tmpdir):
 
     model = Current()
     before = deepcopy(model.state_dict())
-    trainer = Trainer(default_root_dir=tmpdir, progress_bar_refresh_rate=0, max_epochs=2,
-                      limit_train_batches=0.0, limit_val_batches=0.2, fast_dev_run=False)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        progress_bar_refresh_rate=0,
+        max_epochs=2,
+        limit_train_batches=0.0,
+        limit_val_batches=0.2,
+        fast_dev_run=False,
+    )
     result = trainer.fit(model)
     for key in before:
         assert torch.all(torch.eq(before[key], model.state_dict()[key]))
@@ -203,13 +257,19 @@ def test_disabled_validation(tmpdir):
             return super().validation_step(*args, **kwargs)
 
     model = Current()
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=2, limit_train_batches=0.4,
-                      limit_val_batches=0.0)
+    trainer = Trainer(
+        default_root_dir=tmpdir, max_epochs=2, limit_train_batches=0.4, limit_val_batches=0.0
+    )
     trainer.fit(model)
     assert trainer.state == TrainerState.FINISHED
     assert not model.invoked
-    trainer = Trainer(default_root_dir=tmpdir, max_epochs=2, limit_train_batches=0.4,
-                      limit_val_batches=0.0, fast_dev_run=True)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=2,
+        limit_train_batches=0.4,
+        limit_val_batches=0.0,
+        fast_dev_run=True,
+    )
     trainer.fit(model)
     assert trainer.current_epoch == 0
     assert model.invoked, "fast_dev_run validates"
@@ -258,9 +318,15 @@ def test_trainer_interrupted_flag(tmpdir):
             self.exc_info = True
 
     handler = HandleInterruptCallback()
-    trainer = Trainer(callbacks=[InterruptCallback(), handler], max_epochs=1, limit_val_batches=0.1,
-                      limit_train_batches=0.2, progress_bar_refresh_rate=0, logger=False,
-                      default_root_dir=tmpdir)
+    trainer = Trainer(
+        callbacks=[InterruptCallback(), handler],
+        max_epochs=1,
+        limit_val_batches=0.1,
+        limit_train_batches=0.2,
+        progress_bar_refresh_rate=0,
+        logger=False,
+        default_root_dir=tmpdir,
+    )
     assert not trainer.interrupted
     trainer.fit(BoringModel())
     assert trainer.interrupted and handler.exc_info
@@ -281,8 +347,9 @@ def test_gradient_clipping(tmpdir):
             if grads:
                 norms.append(torch.stack(grads).norm(2).item())
 
-    trainer = Trainer(max_steps=5, max_epochs=1, gradient_clip_val=0.05, default_root_dir=tmpdir,
-                      callbacks=[Cb()])
+    trainer = Trainer(
+        max_steps=5, max_epochs=1, gradient_clip_val=0.05, default_root_dir=tmpdir, callbacks=[Cb()]
+    )
     trainer.fit(model)
     assert norms and all(n <= 0.05 + 1e-6 for n in norms)
 
@@ -303,16 +370,26 @@ def test_num_sanity_val_steps(tmpdir, limit_val_batches):
             seen.append(self.trainer.running_sanity_check)
             return super().validation_step(batch, batch_idx)
 
-    trainer = Trainer(default_root_dir=tmpdir, num_sanity_val_steps=4, limit_train_batches=1,
-                      limit_val_batches=limit_val_batches, max_epochs=1)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        num_sanity_val_steps=4,
+        limit_train_batches=1,
+        limit_val_batches=limit_val_batches,
+        max_epochs=1,
+    )
     assert trainer.num_sanity_val_steps == 4
     trainer.fit(Current())
     assert sum(seen) == min(4, sum(trainer.num_val_batches) if limit_val_batches else 0)
 
 
 def test_num_sanity_neg_one(tmpdir):
-    trainer = Trainer(default_root_dir=tmpdir, num_sanity_val_steps=-1, limit_val_batches=3,
-                      limit_train_batches=1, max_epochs=1)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        num_sanity_val_steps=-1,
+        limit_val_batches=3,
+        limit_train_batches=1,
+        max_epochs=1,
+    )
     assert trainer.num_sanity_val_steps == float("inf")
     trainer.fit(BoringModel())
 
@@ -350,8 +427,20 @@ def test_argparse(tmpdir):
     parser = ArgumentParser()
     parser = Trainer.add_argparse_args(parser)
     parser.add_argument("--lr", type=float, default=0.1)
-    args = parser.parse_args(["--max_epochs", "2", "--limit_train_batches", "0.5", "--lr", "0.2",
-                              "--fast_dev_run", "True", "--gpus", "0"])
+    args = parser.parse_args(
+        [
+            "--max_epochs",
+            "2",
+            "--limit_train_batches",
+            "0.5",
+            "--lr",
+            "0.2",
+            "--fast_dev_run",
+            "True",
+            "--gpus",
+            "0",
+        ]
+    )
     trainer = Trainer.from_argparse_args(args, default_root_dir=str(tmpdir))
     assert trainer.fast_dev_run and trainer.limit_train_batches == 1
     args = Trainer.parse_argparser(parser.parse_args([]))
@@ -379,9 +468,15 @@ def test_test_and_predict(tmpdir):
             pass
 
     model = Current()
-    trainer = Trainer(max_epochs=2, limit_val_batches=2, limit_test_batches=2, limit_train_batches=2,
-                      progress_bar_refresh_rate=0, default_root_dir=tmpdir,
-                      callbacks=[ModelCheckpoint(monitor="foo", save_top_k=-1)])
+    trainer = Trainer(
+        max_epochs=2,
+        limit_val_batches=2,
+        limit_test_batches=2,
+        limit_train_batches=2,
+        progress_bar_refresh_rate=0,
+        default_root_dir=tmpdir,
+        callbacks=[ModelCheckpoint(monitor="foo", save_top_k=-1)],
+    )
     trainer.fit(model)
     with pytest.raises(Exception):  # noqa: B017,PT011
         trainer.test(ckpt_path="nowhere.ckpt")
@@ -391,7 +486,9 @@ def test_test_and_predict(tmpdir):
     assert trainer.test(test_dataloaders=DataLoader(RandomDataset(32, 2)))
     found = trainer.predict(model, DataLoader(RandomDataset(32, 4), batch_size=2))
     assert len(found) == 2 and found[0].shape == (2, 2)
-    found = trainer.predict(model, [DataLoader(RandomDataset(32, 4)), DataLoader(RandomDataset(32, 2))])
+    found = trainer.predict(
+        model, [DataLoader(RandomDataset(32, 4)), DataLoader(RandomDataset(32, 2))]
+    )
     assert [len(x) for x in found] == [4, 2]
 
 
@@ -400,9 +497,12 @@ def test_overfit(tmpdir):
     model = BoringModel()
     model.train_dataloader = lambda: DataLoader(RandomDataset(32, 64), shuffle=True)
     trainer.fit(model)
-    assert isinstance(trainer.train_dataloader.sampler if hasattr(trainer.train_dataloader, "sampler")
-                      else trainer.train_dataloader.loaders.sampler,
-                      torch.utils.data.SequentialSampler)
+    assert isinstance(
+        trainer.train_dataloader.sampler
+        if hasattr(trainer.train_dataloader, "sampler")
+        else trainer.train_dataloader.loaders.sampler,
+        torch.utils.data.SequentialSampler,
+    )
     assert trainer.num_training_batches == 2 and trainer.num_val_batches == [2]
 
 
@@ -429,15 +529,21 @@ def test_iterable_without_len(tmpdir):
                 yield torch.randn(32)
 
     model = BoringModel()
-    trainer = Trainer(max_epochs=1, val_check_interval=3, limit_val_batches=1, default_root_dir=tmpdir)
-    trainer.fit(model, train_dataloader=DataLoader(Stream()), val_dataloaders=DataLoader(RandomDataset()))
+    trainer = Trainer(
+        max_epochs=1, val_check_interval=3, limit_val_batches=1, default_root_dir=tmpdir
+    )
+    trainer.fit(
+        model, train_dataloader=DataLoader(Stream()), val_dataloaders=DataLoader(RandomDataset())
+    )
     assert trainer.global_step == 10
     with pytest.raises(MisconfigurationException, match="When using an IterableDataset"):
         Trainer(max_epochs=1, val_check_interval=0.5, default_root_dir=tmpdir).fit(
-            model, DataLoader(Stream()), DataLoader(RandomDataset()))
+            model, DataLoader(Stream()), DataLoader(RandomDataset())
+        )
     with pytest.raises(MisconfigurationException, match="IterableDataset"):
         Trainer(max_epochs=1, limit_train_batches=0.5, default_root_dir=tmpdir).fit(
-            model, DataLoader(Stream()))
+            model, DataLoader(Stream())
+        )
 
 
 def test_both_loader_and_datamodule(tmpdir):
@@ -453,7 +559,11 @@ def test_running_stage(tmpdir):
 
     class Current(BoringModel):
         def training_step(self, batch, batch_idx):
-            stages.append(self.trainer._running_stage if hasattr(self.trainer, "_running_stage") else RunningStage.TRAINING)
+            stages.append(
+                self.trainer._running_stage
+                if hasattr(self.trainer, "_running_stage")
+                else RunningStage.TRAINING
+            )
             assert self.trainer.training and not self.trainer.evaluating
             assert self.trainer.state == TrainerState.FITTING
             return super().training_step(batch, batch_idx)
@@ -487,8 +597,15 @@ def test_log_every_n_steps(tmpdir):
             return super().training_step(*args, **kwargs)
 
     logger = L(str(tmpdir))
-    trainer = Trainer(default_root_dir=tmpdir, log_every_n_steps=2, max_epochs=1, limit_train_batches=10,
-                      limit_val_batches=0, flush_logs_every_n_steps=1, logger=logger)
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        log_every_n_steps=2,
+        max_epochs=1,
+        limit_train_batches=10,
+        limit_val_batches=0,
+        flush_logs_every_n_steps=1,
+        logger=logger,
+    )
     trainer.fit(Current())
     assert logger.calls >= 5
 
@@ -503,8 +620,14 @@ def test_early_stop_min_epochs(tmpdir):
         def validation_epoch_end(self, outputs):
             self.log("val", 1.0)
 
-    trainer = Trainer(default_root_dir=tmpdir, min_epochs=4, max_epochs=10, limit_train_batches=2,
-                      limit_val_batches=1, callbacks=[EarlyStopping("val", patience=1)])
+    trainer = Trainer(
+        default_root_dir=tmpdir,
+        min_epochs=4,
+        max_epochs=10,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        callbacks=[EarlyStopping("val", patience=1)],
+    )
     trainer.fit(Current())
     assert trainer.current_epoch == 3
 
@@ -515,8 +638,13 @@ def test_check_val_every_n_epoch(tmpdir):
             if not self.trainer.sanity_checking:
                 assert (self.current_epoch + 1) % 2 == 0
 
-    Trainer(default_root_dir=tmpdir, max_epochs=4, check_val_every_n_epoch=2, limit_train_batches=1,
-            limit_val_batches=1).fit(Current())
+    Trainer(
+        default_root_dir=tmpdir,
+        max_epochs=4,
+        check_val_every_n_epoch=2,
+        limit_train_batches=1,
+        limit_val_batches=1,
+    ).fit(Current())
     assert pl.__version__
     assert isinstance(Current(), LightningModule)
     assert seed_everything(3) == 3

@@ -1,0 +1,82 @@
+"""Modules of the real Lightning in our trainer: their talk with a trainer goes to ours."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puretrain.lightning.core.lightning import LightningModule
+from puretrain.lightning.trainer.calls import implements, is_of_lightning
+
+__all__ = ["OneProcess", "adopt"]
+
+# What asks the trainer for something, or what only 1.x has. The rest of a module of 2.x works as
+# it is, since it finds our trainer behind ``self.trainer``.
+_METHODS = (
+    "log",
+    "log_dict",
+    "print",
+    "get_progress_bar_dict",
+    "write_prediction",
+    "write_prediction_dict",
+    "all_gather",
+    "optimizers",
+    "lr_schedulers",
+    "manual_backward",
+    "clip_gradients",
+    "toggle_optimizer",
+    "untoggle_optimizer",
+    "tbptt_split_batch",
+    "summarize",
+    "_apply_batch_transfer_handler",
+)
+
+
+def adopt(module: Any) -> None:
+    """Let a module of the real Lightning, and those inside it, speak with our trainer.
+
+    Its methods that need the trainer's inner parts are replaced by ours, on this instance alone;
+    what its own class overrides stays.
+
+    Args:
+        module: any module; nothing happens to one of ours, or to a plain torch module.
+    """
+    for each in module.modules():
+        if isinstance(each, LightningModule) or not is_of_lightning(type(each), "LightningModule"):
+            continue
+        for name in _METHODS:
+            if name not in each.__dict__ and not implements(each, name):
+                method = types.MethodType(getattr(LightningModule, name), each)
+                object.__setattr__(each, name, method)
+        each.__dict__.setdefault("_requires_grad_before", {})
+        each.__dict__.setdefault("truncated_bptt_steps", 0)
+
+
+class OneProcess:
+    """Stands for ``trainer.strategy``: what callbacks ask of it, answered for one process."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Remember the device."""
+        self.root_device = device
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value itself."""
+        return value
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """The decision itself."""
+        return decision
+
+    def reduce(self, value: Any, *arguments: Any, **named: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for nobody."""
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint."""
+        Path(path).unlink(missing_ok=True)
