@@ -156,7 +156,10 @@ def tests(session: nox.Session) -> None:
 def lightning(session: nox.Session) -> None:
     """Compare the Lightning interface with the real pytorch-lightning, to the bit."""
     install(session, "test", "lightning")
-    arguments = session.posargs or ["tests/lightning/test_against_lightning.py"]
+    arguments = session.posargs or [
+        "tests/lightning/test_against_lightning.py",
+        "tests/lightning/test_real_instances.py",
+    ]
     session.run(PYTHON, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from puretrain.lightning.core.lightning import LightningModule
 from puretrain.lightning.trainer.calls import implements, is_of_lightning
 
 __all__ = ["OneProcess", "adopt"]
@@ -44,6 +43,8 @@ def adopt(module: Any) -> None:
     Args:
         module: any module; nothing happens to one of ours, or to a plain torch module.
     """
+    from puretrain.lightning.core.lightning import LightningModule  # it needs the trainer's parts
+
     for each in module.modules():
         if isinstance(each, LightningModule) or not is_of_lightning(type(each), "LightningModule"):
             continue
