@@ -20,13 +20,15 @@ from puretrain.optim import get_hyperparams, set_hyperparams
 from puretrain.state import TrainState
 from puretrain.step import Step
 
-__all__ = ["RangeTest", "Smoothed", "lr_find", "steepest"]
+__all__ = ["RangeTest", "Smoothed", "draw", "learning_rates", "lr_find", "steepest"]
 
 S = TypeVar("S", bound=TrainState)
 Mode = Literal["exponential", "linear"]
 
 # Batches in a row that a step may skip (a loss scale that is being found) before the test ends.
 _MOST_SKIPPED = 100
+# Points at the beginning where the mean is too noisy to say whether it diverges.
+_UNJUDGED = 10
 
 
 class RangeTest(NamedTuple):
@@ -132,8 +134,8 @@ def lr_find(
         updates: how many learning rates to try.
         mode: ``'exponential'``: each is a fixed multiple of the one before; ``'linear'``: equal
             steps.
-        stop_factor: end early when the smoothed loss is so many times the lowest that it has been;
-            None: go on. A loss that is NaN or infinite always ends the test.
+        stop_factor: end early when the smoothed loss is so many times the lowest that it has been,
+            from the eleventh update on; None: go on. A loss that is NaN or infinite always ends the test.
         smoothing: how much of the running mean of the loss stays at each update, in [0, 1); the
             mean is corrected for its beginning at zero.
         name: the hyper-parameter, as :func:`puretrain.optim.get_hyperparams` calls it.
@@ -241,24 +243,29 @@ class Smoothed:
         self.values: list[float] = []
         self.diverged = False
         self._mean = 0.0
+        self._count = 0
         self._best = math.inf
 
     def add(self, loss: float) -> bool:
         """Take a loss; returns whether it has diverged."""
-        first = not self.values
+        self._count += 1
         self._mean = self.smoothing * self._mean + (1 - self.smoothing) * loss
-        value = self._mean / (1 - self.smoothing ** (len(self.values) + 1))
+        value = self._mean / (1 - self.smoothing**self._count)
         self.values.append(value)
         # A loss below zero (a log density) can't be judged by a multiple of it.
         if not math.isfinite(value) or (
             self.stop_factor is not None
-            and not first
+            and self._count > _UNJUDGED
             and self._best > 0
             and value > self.stop_factor * self._best
         ):
             self.diverged = True
         self._best = min(self._best, value)
         return self.diverged
+
+    def skip(self) -> None:
+        """Leave a gap where there was no loss; the mean stays."""
+        self.values.append(math.nan)
 
 
 def steepest(losses: Sequence[float], skip_begin: int, skip_end: int) -> int | None:

@@ -73,6 +73,8 @@ NAMES = {
     "trainer.states": "TrainerState RunningStage",
     "trainer.supporters": "CombinedLoader TensorRunningAccum",
     "tuner": "Tuner",
+    "tuner.auto_gpu_select": "pick_multiple_gpus pick_single_gpu",
+    "tuner.batch_size_scaling": "scale_batch_size",
     "tuner.lr_finder": "lr_find",
     "tuner.tuning": "Tuner",
     "utilities": (

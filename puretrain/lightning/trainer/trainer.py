@@ -1304,7 +1304,7 @@ class Trainer:
         """What finds learning rates and batch sizes."""
         from puretrain.lightning.tuner import tuning
 
-        return tuning.Tuner(self)
+        return tuning.Tuner(self, update_attr=False)
 
     def save_checkpoint(
         self, filepath: Any, weights_only: bool = False, storage_options: Any = None
