@@ -27,7 +27,7 @@ Mode = Literal["exponential", "linear"]
 
 # Batches in a row that a step may skip (a loss scale that is being found) before the test ends.
 _MOST_SKIPPED = 100
-# Points at the beginning where the mean is too noisy to say whether it diverges.
+# The point from which on the mean is good enough to say whether it diverges.
 _UNJUDGED = 10
 
 
@@ -134,8 +134,9 @@ def lr_find(
         updates: how many learning rates to try.
         mode: ``'exponential'``: each is a fixed multiple of the one before; ``'linear'``: equal
             steps.
-        stop_factor: end early when the smoothed loss is so many times the lowest that it has been,
-            from the eleventh update on; None: go on. A loss that is NaN or infinite always ends the test.
+        stop_factor: end early when the smoothed loss is so many times the lowest that it has been
+            from the tenth update on; None: go on. A loss that is NaN or infinite always ends
+            the test.
         smoothing: how much of the running mean of the loss stays at each update, in [0, 1); the
             mean is corrected for its beginning at zero.
         name: the hyper-parameter, as :func:`puretrain.optim.get_hyperparams` calls it.
@@ -255,12 +256,12 @@ class Smoothed:
         # A loss below zero (a log density) can't be judged by a multiple of it.
         if not math.isfinite(value) or (
             self.stop_factor is not None
-            and self._count > _UNJUDGED
-            and self._best > 0
+            and 0 < self._best < math.inf
             and value > self.stop_factor * self._best
         ):
             self.diverged = True
-        self._best = min(self._best, value)
+        if self._count >= _UNJUDGED:
+            self._best = min(self._best, value)
         return self.diverged
 
     def skip(self) -> None:
