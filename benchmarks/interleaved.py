@@ -15,13 +15,14 @@ import time
 import torch
 
 
-def compare(contenders, rounds=15, warmup=2):
+def compare(contenders, rounds=15, warmup=2, before=lambda: None):
     """Time functions against the first of them.
 
     Args:
         contenders: by name, a function that does a round's work and returns its number of steps.
         rounds: how often each takes its turn.
         warmup: rounds that do not count.
+        before: done before each turn, and not timed.
 
     Returns:
         For each name: seconds per step (median), the ratio to the first one (median), and the
@@ -33,6 +34,7 @@ def compare(contenders, rounds=15, warmup=2):
         if number % 2:  # nobody always follows the same neighbour
             names.reverse()
         for name in names:
+            before()
             begin = time.perf_counter()
             steps = contenders[name]()
             seconds = (time.perf_counter() - begin) / steps

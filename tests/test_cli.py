@@ -311,6 +311,16 @@ def test_inspect_computes_statistics(saved, call):
     }
 
 
+def test_inspect_writes_metadata_for_people(tmp_path, call):
+    path = tmp_path / "a.ckpt"
+    metadata = {"metrics": {"loss": 0.19609360396, "n": 3}, "command": ["fit", "my run.py"]}
+    pt.save(path, {"w": torch.ones(1)}, metadata=metadata)
+    _, out, _ = call("inspect", path)
+    assert "metrics: loss 0.1961, n 3\n" in out
+    assert "command: fit 'my run.py'\n" in out
+    assert json.loads(call("inspect", path, "--json")[1])["metadata"] == metadata
+
+
 def test_names_and_metadata_of_strangers_cant_control_the_terminal(tmp_path, call):
     path = tmp_path / "odd.ckpt"
     pt.save(path, {"w\x1b[31m": torch.ones(1)}, metadata={"note": "\x1b]0;title\x07[bold]"})
@@ -340,6 +350,14 @@ def test_diff(saved, tmp_path, call):
     (difference,) = json.loads(out)["differences"]
     assert (status, difference["kind"], difference["max_abs"]) == (1, "value", 2.0**-22)
 
+    pt.save(copy, {"loss": torch.tensor(0.1), "far": torch.tensor(-1.0)})
+    pt.save(other, {"loss": torch.tensor(0.2), "far": torch.tensor(1.0)})
+    found = rows(call("diff", copy, other)[1])
+    assert found["loss"][:5] == ["value", "f32", "0.1", "->", "0.2"]
+    assert found["far"][-2:] == ["2.131e+09", "1"]  # twice the 0x3f800000 numbers up to 1
+    exact = json.loads(call("diff", copy, other, "--only", "far", "--json")[1])
+    assert exact["differences"][0]["max_ulps"] == 2 * 0x3F800000
+
     status, out, err = call("diff", path, tmp_path / "nothing.ckpt")
     assert (status, out, err.count("\n")) == (2, "", 1)
 
@@ -362,6 +380,8 @@ def test_verify(saved, tmp_path, call):
     assert (status, [result["ok"] for result in json.loads(out)]) == (1, [True, False])
     (tmp_path / "nothing").mkdir()
     assert call("verify", tmp_path / "nothing")[0] == 2
+    status, out, err = call("verify", tmp_path / "missing.ckpt")
+    assert (status, out, err.count("\n")) == (2, "", 1)
 
 
 # ── The whole ─────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -47,8 +48,11 @@ def chunks(content: Tensor | bytes) -> Iterator[memoryview]:
             yield piece[start : start + CHUNK]
 
 
-def _pieces(content: Tensor | bytes) -> Iterator[memoryview]:
-    """The bytes of a tensor in order; only what is not in memory like that is copied, in pieces."""
+def _pieces(content: Tensor | bytes, scratch: Tensor | None = None) -> Iterator[memoryview]:
+    """The bytes of a tensor in order; only what is not in memory like that is copied, in pieces.
+
+    A piece is good until the next one is asked for.
+    """
     if isinstance(content, bytes):
         yield memoryview(content)
         return
@@ -60,13 +64,18 @@ def _pieces(content: Tensor | bytes) -> Iterator[memoryview]:
     )
     nbytes = tensor.numel() * tensor.element_size()
     if as_it_is or nbytes <= _PIECE:
+        if scratch is not None and not as_it_is:
+            # The same memory for all of them: an allocator needn't reuse what was just given back.
+            tensor = scratch[:nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         yield tensor_bytes(tensor)
         return
+    if scratch is None:
+        scratch = torch.empty(_PIECE, dtype=torch.uint8)
     if tensor.is_contiguous():
         tensor = tensor.reshape(-1)
     rows = _PIECE * len(tensor) // nbytes
     for start in range(0, len(tensor), max(rows, 1)):
-        yield from _pieces(tensor[start : start + rows] if rows else tensor[start])
+        yield from _pieces(tensor[start : start + rows] if rows else tensor[start], scratch)
 
 
 def digest(content: Tensor | bytes) -> bytes:

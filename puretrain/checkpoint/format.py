@@ -361,7 +361,9 @@ def decode_header(content: bytes, size: int, name: str) -> Header:
     if size < file_length:
         fail(f"the file is truncated: it has {size:,} bytes of {file_length:,}")
     if size > file_length:
-        fail(f"the file has {size - file_length:,} bytes behind its end at {file_length:,}")
+        more = size - file_length
+        count = "1 byte" if more == 1 else f"{more:,} bytes"
+        fail(f"the file has {count} behind its end at byte {file_length:,}")
     index_end = HEADER_LENGTH + index_length
     if (
         reserved
@@ -415,7 +417,7 @@ def decode_index(content: bytes, header: Header, name: str) -> Index:
         raise CheckpointError(f"{where} is not followed by zeros: the file is damaged")
     try:
         found = _unpack_index(content)
-        entries = _decode_entries(found["entries"])
+        entries = found["entries"]
         if required(entries) != set(found["requires"]):
             raise ValueError("what it requires is not what its entries use")
         nest(entries)
@@ -451,6 +453,7 @@ def _unpack_index(content: bytes) -> dict[str, Any]:
             raw=False,
             strict_map_key=True,
             object_pairs_hook=_unique,
+            list_hook=_plain_list,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
         )
@@ -458,6 +461,8 @@ def _unpack_index(content: bytes) -> dict[str, Any]:
             raise ValueError(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
         return value
 
+    if not content:
+        raise ValueError("it is empty")
     found: dict[str, Any] = {}
     for number in range(unpacker.read_map_header()):
         key = take("a key", MAX_ENTRY_LENGTH, str)
@@ -479,10 +484,10 @@ def _unpack_index(content: bytes) -> dict[str, Any]:
         elif key in {"writer", "metadata"}:
             found[key] = take(key, MAX_METADATA_LENGTH, dict)
         elif key == "entries":
-            found[key] = [
-                take(f"entry {i}", MAX_ENTRY_LENGTH, dict)
-                for i in range(unpacker.read_array_header())
-            ]
+            count = unpacker.read_array_header()
+            found[key] = _decode_entries(
+                take(f"entry {i}", MAX_ENTRY_LENGTH, dict) for i in range(count)
+            )
         else:
             unpacker.skip()
     if unpacker.tell() != len(content):
@@ -499,18 +504,25 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
         raise ValueError("a map has a key twice")
     if not all(type(key) is str for key in mapping):
         raise ValueError("a map has a key that is no string")
+    _plain_list(list(mapping.values()))
     return mapping
 
 
-def _decode_entries(found: list[dict[str, Any]]) -> tuple[Entry, ...]:
-    if not found:
-        raise ValueError("it has no entries")
+def _plain_list(values: list[Any]) -> list[Any]:
+    if any(type(value) in {msgpack.ExtType, msgpack.Timestamp} for value in values):
+        raise ValueError("it has an extension of msgpack")
+    return values
+
+
+def _decode_entries(found: Iterable[dict[str, Any]]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     for number, fields in enumerate(found):
         try:
             entries.append(_decode_entry(fields, entries))
         except ValueError as error:
             raise ValueError(f"entry {number}: {error}") from None
+    if not entries:
+        raise ValueError("it has no entries")
     return tuple(entries)
 
 

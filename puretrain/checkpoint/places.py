@@ -130,7 +130,7 @@ def reported(path: Location, action: str) -> Iterator[None]:
     except PuretrainError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{shown(path)} can't be {action}: {_reason(error)}") from error
+        raise CheckpointError(f"{shown(path)} can't be {action}: {_reason(error, path)}") from error
     except Exception as error:
         if not is_url(path):
             raise
@@ -140,8 +140,9 @@ def reported(path: Location, action: str) -> Iterator[None]:
         ) from error
 
 
-def _reason(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename is not None else ""
+def _reason(error: OSError, path: Location) -> str:
+    known = error.filename is None or error.filename in {path, plain(path)}
+    where = "" if known else f": {error.filename}"
     return (error.strerror or str(error) or type(error).__name__) + where
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,7 @@ def _inspect(options: argparse.Namespace) -> int:
     written = ", ".join(f"{key} {value}" for key, value in index.writer.items())
     write(printable(f"format {index.version}, {written}"))
     for key, value in index.metadata.items():
-        write(printable(f"{key}: {value}"))
+        write(printable(f"{key}: {_brief(value)}"))
     names = _STATISTICS if options.stats else ()
     write("")
     write_table(
@@ -162,6 +164,21 @@ def _inspect(options: argparse.Namespace) -> int:
     count = "1 leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
     write(f"\n{count}, {total['elements']:,} elements, {format_bytes(total['bytes'])}")
     return 0
+
+
+def _brief(value: Any) -> str:
+    """A value of the metadata as people would write it.
+
+    >>> _brief({"loss": 0.1960936, "command": ["fit", "a b.py"]})
+    "loss 0.1961, command fit 'a b.py'"
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_brief(item)}" for key, item in value.items())
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return shlex.join(value)
+    if isinstance(value, list):
+        return ", ".join(map(_brief, value))
+    return format_number(value) if isinstance(value, float) else str(value)
 
 
 def _describe(entry: Entry, index: Index) -> dict[str, Any]:
@@ -209,9 +226,9 @@ def _diff(options: argparse.Namespace) -> int:
                 (
                     leaf.path,
                     leaf.kind,
-                    leaf.a if leaf.a == leaf.b else f"{leaf.a} -> {leaf.b}",
+                    _change(leaf.a, leaf.b),
                     format_number(leaf.max_abs),
-                    format_number(leaf.max_ulps),
+                    _magnitude(leaf.max_ulps),
                     format_number(leaf.count),
                 )
                 for leaf in found
@@ -222,6 +239,26 @@ def _diff(options: argparse.Namespace) -> int:
     else:
         write("identical")
     return 1 if found else 0
+
+
+def _change(a: str, b: str) -> str:
+    """What a leaf was and became.
+
+    >>> _change("f32 0.1960936039686203", "f32 0.25"), _change("f32[2]", "i64[2]")
+    ('f32 0.1960936 -> 0.25', 'f32[2] -> i64[2]')
+    """
+    if a == b:
+        return a
+    dtype, space, _ = a.partition(" ")
+    if space and b.startswith(dtype + space):
+        b = b.removeprefix(dtype + space)
+    # A float32 is known by nine digits at most; its double has twice as many.
+    return re.sub(r"\d+\.\d{8,}", lambda found: f"{float(found[0]):.7g}", f"{a} -> {b}")
+
+
+def _magnitude(value: int | None) -> str:
+    """A count, in full only while it can be read at a glance."""
+    return format_number(value if value is None or value < 1_000_000 else float(value))
 
 
 # ── verify ────────────────────────────────────────────────────────────────────────────────────────
@@ -283,6 +320,8 @@ def _files(given: Iterable[str]) -> Iterator[Path | str]:
             continue
         path = Path(name)
         if not path.is_dir():
+            if not path.exists():
+                raise CheckpointError(f"there is no file {name}")
             yield path
             continue
         files = sorted(path.rglob("*.ckpt"))
