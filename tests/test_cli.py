@@ -360,6 +360,7 @@ def test_diff(saved, tmp_path, call):
 
     status, out, err = call("diff", path, tmp_path / "nothing.ckpt")
     assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.count("nothing.ckpt") == 1
 
 
 def test_verify(saved, tmp_path, call):
@@ -380,8 +381,9 @@ def test_verify(saved, tmp_path, call):
     assert (status, [result["ok"] for result in json.loads(out)]) == (1, [True, False])
     (tmp_path / "nothing").mkdir()
     assert call("verify", tmp_path / "nothing")[0] == 2
-    status, out, err = call("verify", tmp_path / "missing.ckpt")
-    assert (status, out, err.count("\n")) == (2, "", 1)
+    status, out, err = call("verify", tmp_path / "absent.ckpt")  # not damaged: not there
+    assert (status, out) == (2, "")
+    assert err == f"puretrain: error: there is no file or directory {tmp_path / 'absent.ckpt'}\n"
 
 
 # ── The whole ─────────────────────────────────────────────────────────────────────────────────────
@@ -389,7 +391,10 @@ def test_verify(saved, tmp_path, call):
 
 def test_help_and_version(call):
     assert call("--version")[:2] == (0, f"puretrain {pt.__version__}\n")
-    for command in ("fit", "inspect", "diff", "verify"):
+    for command in (
+        *("fit", "inspect", "diff", "verify"),
+        *("convert", "replay", "bisect", "report"),
+    ):
         status, out, _ = call(command, "--help")
         assert status == 0
         assert f"puretrain {command} " in out.split("\nexample")[-1]

@@ -289,6 +289,9 @@ def test_the_command(tmp_path, capsys):
     assert "b.safetensors -> " in capsys.readouterr().out
     assert "encoder.weight" in pt.load(c)["params"]
     assert "norm.running_mean" in pt.load(c)["buffers"]
+    pt.save(tmp_path / "run" / "step_00000007.ckpt", state_of(network()))
+    assert main(["convert", str(tmp_path / "run"), b]) == 0
+    assert "step_00000007.ckpt -> " in capsys.readouterr().out
     assert main(["convert", a, str(tmp_path / "x.onnx")]) == 2
     assert main(["convert", a, b, "--rename", "nonsense"]) == 2
 

@@ -1,5 +1,6 @@
 """The page about a run: complete, whole, and in need of nothing else."""
 
+import json
 import math
 import re
 import sys
@@ -180,6 +181,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     first = (tmp_path / "run" / "report.html").read_bytes()
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "b.html")]) == 0
     assert (tmp_path / "b.html").read_bytes() == first
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run"), "--json"]) == 0
+    written = {"report": str(tmp_path / "run" / "report.html")}
+    assert json.loads(capsys.readouterr().out) == written
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path)]) == 2
 

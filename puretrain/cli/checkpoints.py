@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,17 @@ from puretrain.cli.output import (
     write_table,
 )
 from puretrain.errors import CheckpointError
+from puretrain.tree import (
+    LeafDifference,
+    match_paths,
+    path_string,
+    tree_diff,
+    tree_leaves,
+    tree_paths,
+)
 from puretrain.tree import Path as TreePath
-from puretrain.tree import match_paths, path_string, tree_diff, tree_leaves, tree_paths
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "checkpoint_at", "write_differences"]
 
 _STATISTICS = ("min", "max", "mean", "norm")
 
@@ -102,7 +110,8 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     return [inspect, diff, check]
 
 
-def _checkpoint(name: str) -> Path | str:
+def checkpoint_at(name: str) -> Path | str:
+    """The file that an argument names: itself, or of a directory the newest good checkpoint."""
     if is_url(name) and name.endswith(".ckpt"):
         return name
     path: Path | str = name if is_url(name) else Path(name)
@@ -123,7 +132,7 @@ def _checkpoint(name: str) -> Path | str:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    path = _checkpoint(options.checkpoint)
+    path = checkpoint_at(options.checkpoint)
     index = read_index(path)
     entries = index.leaves
     if options.only is not None:
@@ -214,31 +223,36 @@ def _statistics(path: Path | str, only: str | None) -> dict[TreePath, dict[str, 
 
 
 def _diff(options: argparse.Namespace) -> int:
-    a, b = (_checkpoint(name) for name in (options.a, options.b))
+    a, b = (checkpoint_at(name) for name in (options.a, options.b))
     found = tree_diff(load(a, only=options.only), load(b, only=options.only))
     if options.json:
         differences = [{name: getattr(leaf, name) for name in leaf._names} for leaf in found]
         write_json({"a": a, "b": b, "identical": not found, "differences": differences})
     elif found:
-        write_table(
-            ["path", "kind", "leaf", "max abs", "ulps", "count"],
-            [
-                (
-                    leaf.path,
-                    leaf.kind,
-                    _change(leaf.a, leaf.b),
-                    format_number(leaf.max_abs),
-                    _magnitude(leaf.max_ulps),
-                    format_number(leaf.count),
-                )
-                for leaf in found
-            ],
-            right=["max abs", "ulps", "count"],
-        )
+        write_differences(found)
         write(f"{len(found)} {'leaf differs' if len(found) == 1 else 'leaves differ'}")
     else:
         write("identical")
     return 1 if found else 0
+
+
+def write_differences(leaves: Sequence[LeafDifference]) -> None:
+    """Print a table of leaves that differ."""
+    write_table(
+        ["path", "kind", "leaf", "max abs", "ulps", "count"],
+        [
+            (
+                leaf.path,
+                leaf.kind,
+                _change(leaf.a, leaf.b),
+                format_number(leaf.max_abs),
+                _magnitude(leaf.max_ulps),
+                format_number(leaf.count),
+            )
+            for leaf in leaves
+        ],
+        right=["max abs", "ulps", "count"],
+    )
 
 
 def _change(a: str, b: str) -> str:
@@ -283,10 +297,7 @@ def _verify(options: argparse.Namespace) -> int:
                 for path, why in results
             ]
         )
-        return 1 if any(why for path, why in results if path not in repaired) else 0
-    if options.repair:
-        return 1 if any(why for path, why in results if path not in repaired) else 0
-    return 1 if any(why for _, why in results) else 0
+    return 1 if any(why for path, why in results if path not in repaired) else 0
 
 
 def _repair(options: argparse.Namespace) -> list[Path | str]:
@@ -319,6 +330,8 @@ def _files(given: Iterable[str]) -> Iterator[Path | str]:
             yield from found
             continue
         path = Path(name)
+        if not os.path.lexists(path):
+            raise CheckpointError(f"there is no file or directory {name}")
         if not path.is_dir():
             if not path.exists():
                 raise CheckpointError(f"there is no file {name}")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from puretrain.checkpoint import convert
+from puretrain.checkpoint.places import is_url, shown
+from puretrain.cli.checkpoints import checkpoint_at
 from puretrain.cli.output import printable, write, write_json
 from puretrain.errors import ConfigurationError
 
@@ -37,7 +39,9 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_convert, foreign_code=False)
-    parser.add_argument("source", metavar="A", help="what to read")
+    parser.add_argument(
+        "source", metavar="A", help="what to read; a directory: its newest good one"
+    )
     parser.add_argument("target", metavar="B", help="what to write")
     parser.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
     parser.add_argument(
@@ -60,8 +64,10 @@ def _convert(options: argparse.Namespace) -> int:
         if not equals:
             raise ConfigurationError(f"--rename takes PATTERN=PATTERN, not {text!r}")
         rename[pattern] = target
+    given = options.source
+    source = given if is_url(given) else checkpoint_at(given)
     convert(
-        options.source,
+        source,
         options.target,
         only=options.only,
         rename=rename,
@@ -69,7 +75,7 @@ def _convert(options: argparse.Namespace) -> int:
         compression=options.compression,
     )
     if options.json:
-        write_json({"source": options.source, "target": options.target})
+        write_json({"source": source, "target": options.target})
     else:
-        write(printable(f"{options.source} -> {options.target}"))
+        write(printable(f"{shown(source)} -> {options.target}"))
     return 0

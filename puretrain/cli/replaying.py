@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from puretrain.cli.output import format_number, printable, write, write_json, write_table
+from puretrain.cli.checkpoints import write_differences
+from puretrain.cli.output import printable, write, write_json, write_table
 from puretrain.cli.training import given_arguments
 from puretrain.replay import ChangedLeaf, FactDifference, Recorded, bisect, open_run, write_report
 from puretrain.replay.program import load_run, split_target
@@ -91,10 +92,11 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         part.add_argument(f"--file-{letter}", metavar="FILE[:NAME]", help=f"what makes {letter}")
     for parser in (replay, part):
         parser.add_argument("--all", action="store_true", help="show every leaf that differs")
-        parser.add_argument("--json", action="store_true", help="print JSON")
     report = add("report", _report, "write a page about a run", _REPORT, _REPORT_EXAMPLES)
     report.add_argument("place", metavar="RUN", help="the directory of the run")
     report.add_argument("--output", metavar="FILE", help="the page; by default RUN/report.html")
+    for parser in (replay, part, report):
+        parser.add_argument("--json", action="store_true", help="print JSON")
     return [replay, part, report]
 
 
@@ -220,21 +222,7 @@ def _write_leaves(leaves: Sequence[LeafDifference], everything: bool) -> None:
         return
     shown = leaves if everything else leaves[:_SHOWN]
     write("")
-    write_table(
-        ["path", "kind", "leaf", "max abs", "ulps", "count"],
-        [
-            (
-                leaf.path,
-                leaf.kind,
-                leaf.a if leaf.a == leaf.b else f"{leaf.a} -> {leaf.b}",
-                format_number(leaf.max_abs),
-                format_number(leaf.max_ulps),
-                format_number(leaf.count),
-            )
-            for leaf in shown
-        ],
-        right=["max abs", "ulps", "count"],
-    )
+    write_differences(shown)
     _write_more(len(leaves) - len(shown))
 
 
@@ -273,5 +261,8 @@ def _report(options: argparse.Namespace) -> int:
     _note_damage(recorded)
     path = Path(options.output or recorded.directory / "report.html")
     write_report(recorded, path)
-    write(printable(f"report      {path}"))
+    if options.json:
+        write_json({"report": path})
+    else:
+        write(printable(f"report      {path}"))
     return 0
