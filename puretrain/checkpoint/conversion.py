@@ -25,7 +25,7 @@ from puretrain.checkpoint.places import Location, is_url, plain, reading, replac
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.tree import match_paths, path_string, tree_cast, tree_leaves, tree_paths
 
-__all__ = ["convert", "read_foreign"]
+__all__ = ["convert", "read_foreign", "stand_ins"]
 
 _TORCH = (".pt", ".pth", ".bin")
 _KNOWN = (".ckpt", ".safetensors", ".npz", *_TORCH)
@@ -149,8 +149,10 @@ def read_foreign(path: Location, rename: Mapping[str, str] | None = None) -> dic
         if suffix == ".npz":
             return _nested(_read_npz(path), rename)
         with reading(path) as (file, _):
+            file = _seekable(file, path)
             try:
-                content = torch.load(cast(Any, _seekable(file, path)), "cpu", weights_only=True)
+                with torch.serialization.safe_globals(stand_ins(file)):
+                    content = torch.load(cast(Any, file), "cpu", weights_only=True)
             except pickle.UnpicklingError as error:
                 reason = str(error).strip().splitlines()
                 told = next((line for line in reason if "Unsupported" in line), reason[0])
@@ -163,6 +165,33 @@ def read_foreign(path: Location, rename: Mapping[str, str] | None = None) -> dic
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         return _from_lightning(content, name, rename)
     return _nested(_tensors(content, name), rename)
+
+
+def stand_ins(file: Any) -> list[Any]:
+    """Empty classes for all that a file of ``torch.save`` names and torch does not know.
+
+    Lightning 1.x has the classes of callbacks as keys, for example. Nothing is imported: to name a
+    class that stands for another is all that a file can do with it. To make an object of it fails.
+
+    Args:
+        file: an open file, left at its beginning.
+
+    Returns:
+        What :func:`torch.serialization.safe_globals` takes.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError):
+        names = []  # it is no such file, which reading it will say
+    file.seek(0)
+    return [(_stand_in(name), name) for name in names]
+
+
+def _stand_in(full_name: str) -> type:
+    def refuse(cls: type, *arguments: Any) -> Any:
+        raise pickle.UnpicklingError(f"Unsupported: an object of {full_name}")
+
+    return type(full_name.rpartition(".")[2], (), {"__new__": refuse})
 
 
 def _seekable(file: Any, path: Location) -> Any:

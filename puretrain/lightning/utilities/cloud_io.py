@@ -15,6 +15,7 @@ import fsspec
 import torch
 from torch import nn
 
+from puretrain.checkpoint.conversion import stand_ins
 from puretrain.errors import CheckpointError
 from puretrain.lightning.utilities.parsing import AttributeDict
 
@@ -59,7 +60,11 @@ def open_binary(path_or_url: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def _read(file: Any, name: str, map_location: Any) -> Any:
-    with torch.serialization.safe_globals(_known()):
+    known = _known()
+    named = {each[1] for each in known if isinstance(each, tuple)}
+    named |= {f"{each.__module__}.{each.__qualname__}" for each in known if isinstance(each, type)}
+    known += [each for each in stand_ins(file) if each[1] not in named]
+    with torch.serialization.safe_globals(known):
         try:
             return torch.load(file, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
