@@ -333,8 +333,6 @@ def _files(given: Iterable[str]) -> Iterator[Path | str]:
         if not os.path.lexists(path):
             raise CheckpointError(f"there is no file or directory {name}")
         if not path.is_dir():
-            if not path.exists():
-                raise CheckpointError(f"there is no file {name}")
             yield path
             continue
         files = sorted(path.rglob("*.ckpt"))

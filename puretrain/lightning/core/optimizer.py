@@ -103,6 +103,10 @@ class LightningOptimizer:
         trainer = self._trainer
         if trainer is not None and not trainer._module.automatic_optimization:
             return trainer._manual_step(self, closure, kwargs)
+        if trainer is not None and trainer._scaler is not None:
+            from puretrain.lightning.trainer.training import step_optimizer
+
+            return step_optimizer(trainer, self.optimizer, closure, **kwargs)
         if closure is None:
             return self.optimizer.step(**kwargs)
         return self.optimizer.step(closure, **kwargs)

@@ -26,6 +26,7 @@ from puretrain.state import Cursor, TrainState
 __all__ = ["CallbackStates", "dump", "load_module", "restore_fit", "restore_weights"]
 
 _HPARAMS = "hyper_parameters"
+_SCALER = "native_amp_scaling_state"
 
 
 class CallbackStates(dict[str, Any]):
@@ -70,6 +71,8 @@ def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["callbacks"] = _callback_states(trainer, checkpoint)
         checkpoint["optimizer_states"] = [o.state_dict() for o in trainer.optimizers]
         checkpoint["lr_schedulers"] = [c["scheduler"].state_dict() for c in trainer.lr_schedulers]
+        if trainer._scaler is not None:
+            checkpoint[_SCALER] = trainer._scaler.state_dict()
         if training:
             checkpoint["loops"] = {"fit_loop": _loops(trainer, checkpoint["epoch"])}
             checkpoint["puretrain"] = _position(trainer, in_epoch=in_epoch)
@@ -264,6 +267,14 @@ def restore_fit(trainer: Any, path: Any, state: TrainState) -> TrainState:
         optimizer.load_state_dict(copy.deepcopy(saved))
     for config, saved in zip(trainer.lr_schedulers, checkpoint["lr_schedulers"], strict=True):
         config["scheduler"].load_state_dict(copy.deepcopy(saved))
+    scale = checkpoint.get(_SCALER) or checkpoint.get("MixedPrecision")  # the latter in 2.x
+    if scale and trainer._scaler is not None:
+        trainer._scaler.load_state_dict(scale)
+    elif bool(scale) != (trainer._scaler is not None):
+        rank_zero_warn(
+            "the checkpoint was written with precision=16 and the run goes on without, or the "
+            "other way round: the loss scale begins anew"
+        )
     place = checkpoint.get("puretrain")
     trainer._steps_done = trainer.global_step = int(checkpoint["global_step"])
     if place is None:

@@ -244,6 +244,12 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
         if benchmark:
             torch.backends.cudnn.benchmark = True
+        if str(amp_backend).lower() not in {"native", "apex"}:
+            raise MisconfigurationException(f"amp_backend is 'native', not {amp_backend!r}")
+        if str(amp_backend).lower() == "apex" and str(precision) == "16":
+            raise MisconfigurationException(
+                "Apex is not used here; leave amp_backend='native', which is torch's autocast"
+            )
         self._set_device(accelerator, distributed_backend, gpus, devices, strategy, tpu_cores)
         self.num_nodes, self.num_processes = num_nodes, num_processes
         self._set_precision(precision)
@@ -334,22 +340,38 @@ class Trainer:
                 f"precision={precision!r} is not one of 32, 64, 16, 'bf16', and their spellings "
                 "'32-true', '64-true', 'bf16-mixed', 'bf16-true'"
             )
-        if kind in {"16", "16-true"} and self._device.type == "cpu":
-            raise MisconfigurationException(
-                "precision=16 needs a GPU; on the CPU use precision='bf16'"
+        if kind == "16" and self._device.type == "cpu":
+            if precision != "16-mixed":
+                raise MisconfigurationException(
+                    "You have asked for native AMP on CPU, but AMP is only available on GPU: "
+                    "precision=16 needs a GPU; on the CPU use precision='bf16'"
+                )
+            rank_zero_warn(
+                "You passed `Trainer(accelerator='cpu', precision='16-mixed')` but AMP with fp16 "
+                "is not supported on CPU. Using `precision='bf16-mixed'` instead."
             )
-        if kind in {"16", "16-true"}:
-            raise MisconfigurationException(
-                "precision=16 (with a loss scale) is not supported here; use precision='bf16'"
-            )
+            kind, precision = "bf16", "bf16-mixed"
         self.precision = precision
         self._double = kind == "64"
-        self._half = torch.bfloat16 if kind == "bf16-true" else None
+        self._half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(kind)
         self._casting: Any = None
-        if kind == "bf16":
+        self._scaler: Any = None
+        if kind == "16":
+            self._cast_to_half(self._device.type)
+        elif kind == "bf16":
             self._casting = partial(torch.autocast, self._device.type, dtype=torch.bfloat16)
         elif self._double or self._half is not None:
             self._casting = partial(_default_dtype, torch.float64 if self._double else self._half)
+
+    def _cast_to_half(self, device: str) -> None:
+        """Compute in float16 where that is good enough, with a loss scale."""
+        self._casting = partial(torch.autocast, device, dtype=torch.float16)
+        self._scaler = torch.amp.GradScaler(device)
+
+    @property
+    def scaler(self) -> Any:
+        """The loss scale of precision 16; None otherwise."""
+        return self._scaler
 
     def _set_profiler(self, profiler: Any) -> None:
         from puretrain.lightning.profiler import PassThroughProfiler
@@ -866,10 +888,7 @@ class Trainer:
             before = self._fx
             call(self, "on_before_optimizer_step", wrapped.optimizer, number)
             self._fx = before
-        if closure is not None:
-            returned = wrapped.optimizer.step(closure, **kwargs)
-        else:
-            returned = wrapped.optimizer.step(**kwargs)
+        returned = training.step_optimizer(self, wrapped.optimizer, closure, **kwargs)
         self._updates += 1
         self._updates_of_batch += 1
         return returned
@@ -879,6 +898,8 @@ class Trainer:
         if training.hooks_of(self, "on_before_backward") is not None:
             call(self, "on_before_backward", loss)
         own = self._own.get("backward")
+        if self._scaler is not None:
+            loss = self._scaler.scale(loss)
         if own is None:
             loss.backward(*args, **kwargs)
         else:

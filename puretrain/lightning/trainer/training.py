@@ -28,7 +28,7 @@ from puretrain.loop import Event, Reducer
 from puretrain.state import TrainState
 from puretrain.tree import FrozenDict
 
-__all__ = ["bound_state", "run_fit"]
+__all__ = ["bound_state", "run_fit", "step_optimizer"]
 
 _warnings = WarningCache()
 
@@ -541,12 +541,14 @@ def _optimize(trainer: Any, batch: Any, index: int, number: int) -> dict[str, An
 
     def closure_for_step() -> Any:
         loss = closure()
+        if trainer._scaler is not None and loss is not None:
+            trainer._scaler.unscale_(optimizer)
         _before_step(trainer, optimizer, number)
         return loss
 
     own = trainer._own.get("optimizer_step")
     if own is None:
-        optimizer.step(closure_for_step)
+        step_optimizer(trainer, optimizer, closure_for_step)
     else:
         before, trainer._fx = trainer._fx, "optimizer_step"
         wrapped = trainer._wrapped_optimizers()[number]
@@ -562,6 +564,33 @@ def _optimize(trainer: Any, batch: Any, index: int, number: int) -> dict[str, An
     if trainer.terminate_on_nan:
         _check_finite(trainer)
     return outputs
+
+
+def step_optimizer(trainer: Any, optimizer: Any, closure: Any, **options: Any) -> Any:
+    """Make a step, with the loss scale of precision 16 if there is one.
+
+    Args:
+        trainer: the trainer.
+        optimizer: torch's own.
+        closure: what computes the gradients; None: they are there.
+        **options: further arguments of the optimizer.
+    """
+    scaler = trainer._scaler
+    if scaler is None:
+        return optimizer.step(**options) if closure is None else optimizer.step(closure, **options)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise MisconfigurationException(
+            "LBFGS computes its loss several times a step, which has no place for the loss scale "
+            "of precision=16; use precision='bf16' or 32"
+        )
+    loss = None
+    if closure is not None:
+        loss = closure()
+        if loss is None and trainer._module.automatic_optimization:
+            return None  # the batch was skipped: there are no gradients
+    scaler.step(optimizer, **options)  # unless a gradient is infinite
+    scaler.update()
+    return loss
 
 
 def _is_new_style(method: Any) -> bool:
@@ -664,6 +693,8 @@ def _backward(trainer: Any, loss: Tensor, optimizer: Any, number: int) -> None:
     if hooks_of(trainer, "on_before_backward") is not None:
         call(trainer, "on_before_backward", loss)
     own = trainer._own.get("backward")
+    if trainer._scaler is not None:
+        loss = trainer._scaler.scale(loss)
     if trainer._profiles:
         with trainer.profiler.profile("backward"):
             loss.backward() if own is None else own(*(loss, optimizer, number)[: takes(own)])

@@ -51,6 +51,8 @@ def trial(
             _profiles=False, _fold=None, _logger=_quiet(trainer._logger), callbacks=[],
         )  # fmt: skip
         trainer.__dict__.update(changes)
+        if trainer._scaler is not None:
+            trainer._scaler = type(trainer._scaler)(trainer._scaler._device)
         trainer._attach(model, TrainerState.FITTING, TrainerFn.FITTING, datamodule, train,
                         train=train, val=val, keep=False)  # fmt: skip
         trainer.callbacks, trainer._hooks = callbacks, {}
