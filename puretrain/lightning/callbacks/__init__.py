@@ -1,6 +1,7 @@
 """Callbacks."""
 
 from puretrain.lightning.callbacks.base import Callback
+from puretrain.lightning.callbacks.device_stats_monitor import DeviceStatsMonitor
 from puretrain.lightning.callbacks.early_stopping import EarlyStopping
 from puretrain.lightning.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
 from puretrain.lightning.callbacks.gpu_stats_monitor import GPUStatsMonitor
@@ -31,6 +32,7 @@ __all__ = [
     "BasePredictionWriter",
     "Callback",
     "Checkpoint",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "GPUStatsMonitor",
     "GradientAccumulationScheduler",
