@@ -228,6 +228,12 @@ def run():
             env=os.environ | {"PYTHONPATH": str(Path(pt.__file__).parents[1])},
         )
 
+    done = command("--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == status
+    assert (told["interrupted"], told["step"]) == (signal.Signals(number).name, 4)
+    assert Path(told["checkpoint"]) == pt.newest("runs/toy")
+    shutil.rmtree("runs/toy")
     done = command()
     saved = pt.newest("runs/toy")
     assert (done.returncode, done.stdout) == (status, "")
@@ -237,6 +243,7 @@ def run():
     assert int(pt.load(saved, only="step")["step"]) == 4
     resumed = command("--resume", "--json")
     assert json.loads(resumed.stdout)["digest"] == expected_digest()
+    assert json.loads(resumed.stdout)["interrupted"] is None
 
 
 # ── inspect, diff, verify ─────────────────────────────────────────────────────────────────────────

@@ -166,6 +166,7 @@ def _fit(options: argparse.Namespace) -> int:
         except Interrupted as interrupted:
             state, signal_number = interrupted.state, interrupted.signal_number
     result = {
+        "interrupted": signal.Signals(signal_number).name if signal_number else None,
         "step": int(state.step),
         "epoch": int(state.cursor.epoch),
         "metrics": {
@@ -177,12 +178,11 @@ def _fit(options: argparse.Namespace) -> int:
     }
     if signal_number:
         _report_interrupt(signal_number, result)
-        return 128 + signal_number
     if options.json:
         write_json(result)
-    else:
+    elif not signal_number:
         _report(result)
-    return 0
+    return 128 + signal_number if signal_number else 0
 
 
 def _newest_or_saved(run: Run, state: TrainState, *, save_it: bool) -> str | None:
