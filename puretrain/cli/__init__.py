@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what was typed after ``puretrain``; by default the process's own arguments.
 
     Returns:
-        The exit status: 0 when all is well, 1 when checkpoints or runs differ or one is damaged, 2
+        The exit status, 0 when all is well, 1 when checkpoints or runs differ or one is damaged, 2
         after an error, 130 and 143 when Ctrl-C or SIGTERM ended a run.
     """
     parser = argparse.ArgumentParser(
