@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puretrain.lightning.core.memory import get_memory_profile
 from puretrain.lightning.core.optimizer import LightningOptimizer
 from puretrain.lightning.trainer import checkpointing, evaluation, loaders, training
+from puretrain.lightning.trainer import devices as devices_of
 from puretrain.lightning.trainer.calls import call, implements, takes
 from puretrain.lightning.trainer.foreign import OneProcess, adopt
 from puretrain.lightning.trainer.optimization import configure
@@ -250,8 +252,22 @@ class Trainer:
             raise MisconfigurationException(
                 "Apex is not used here; leave amp_backend='native', which is torch's autocast"
             )
+        accelerator, precision = devices_of.read_plugins(plugins, accelerator, precision)
+        devices_of.check_devices(
+            accelerator or distributed_backend,
+            strategy,
+            devices,
+            num_nodes,
+            num_processes,
+            sync_batchnorm,
+        )
+        if auto_select_gpus and isinstance(gpus, int) and gpus:
+            from puretrain.lightning.tuner.auto_gpu_select import pick_multiple_gpus
+
+            gpus = pick_multiple_gpus(gpus)
         self._set_device(accelerator, distributed_backend, gpus, devices, strategy, tpu_cores)
         self.num_nodes, self.num_processes = num_nodes, num_processes
+        devices_of.check_logging_of_memory(log_gpu_memory, self.on_gpu)
         self._set_precision(precision)
         self.accumulate_grad_batches: int = 1
         self._set_profiler(profiler)
@@ -811,6 +827,8 @@ class Trainer:
         if self._results is None or self.sanity_checking:
             return
         found = self._results.collect()
+        if self.move_metrics_to_cpu:
+            found = {kind: _on_cpu(metrics) for kind, metrics in found.items()}
         self._callback_metrics.update(found["callback"])
         self._logged_metrics.update(found["log"])
         self._bar_metrics.update(found["bar"])
@@ -847,6 +865,9 @@ class Trainer:
         """Give values to the logger, as numbers."""
         if not metrics or self.sanity_checking:
             return
+        if self.log_gpu_memory and self.on_gpu:
+            mode = "all" if self.log_gpu_memory is True else self.log_gpu_memory
+            metrics = {**metrics, **get_memory_profile(mode)}
         self._logged_metrics.update(metrics)
         scalars = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         if step is None:
@@ -1600,6 +1621,10 @@ _METRICS = {
     "logged_metrics": "_logged_metrics",
     "progress_bar_metrics": "_bar_metrics",
 }
+
+
+def _on_cpu(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in metrics.items()}
 
 
 def _limit(limit: Any) -> Any:
