@@ -354,3 +354,43 @@ def test_formats_of_parameters():
     assert convert({"a": nn.ReLU(), "b": 1}) == {"a": "ReLU()", "b": 1}
     called = LightningLoggerBase._sanitize_callable_params({"f": lambda: 3, "g": operator.add})
     assert called == {"f": 3, "g": "add"}
+
+
+def test_several_loggers_in_a_run_get_the_same(tmp_path):
+    own = Lines()
+    loggers = [TensorBoardLogger(str(tmp_path), name="tb"), CSVLogger(str(tmp_path), "csv"), own]
+    trainer = pl.Trainer(
+        default_root_dir=str(tmp_path), logger=loggers, max_epochs=1, log_every_n_steps=1,
+        progress_bar_refresh_rate=0, weights_summary=None, checkpoint_callback=False,
+    )  # fmt: skip
+    assert trainer.loggers == loggers
+
+    class Logs(pl.LightningModule):
+        def __init__(self, width=3):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(2, width)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.layer(batch).mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer.fit(Logs(), torch.utils.data.DataLoader(torch.ones(4, 2), 1))
+    with open(tmp_path / "csv" / "version_0" / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    from_csv = {int(r["step"]): float(r["loss"]) for r in rows if r.get("loss")}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb" / "version_0"))
+    events.Reload()
+    from_tb = {event.step: event.value for event in events.Scalars("loss")}
+    assert sorted(from_csv) == sorted(from_tb) == [0, 1, 2, 3]
+    for step, value in from_csv.items():
+        assert value == pytest.approx(from_tb[step], rel=1e-5)
+    for folder in ("tb", "csv"):
+        text = (tmp_path / folder / "version_0" / "hparams.yaml").read_text(encoding="utf-8")
+        assert "width: 3" in text

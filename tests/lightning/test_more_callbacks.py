@@ -1,6 +1,7 @@
-"""Pruning, and what devices say of themselves."""
+"""Pruning, what devices say of themselves, and callbacks that end, write, freeze or print."""
 
 import csv
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import puretrain.lightning as pl
 from puretrain.lightning.callbacks import (
+    BackboneFinetuning,
+    BasePredictionWriter,
     DeviceStatsMonitor,
     GPUStatsMonitor,
     ModelPruning,
+    ModelSummary,
     QuantizationAwareTraining,
+    Timer,
 )
 from puretrain.lightning.loggers import CSVLogger
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
@@ -200,3 +205,90 @@ def test_gpu_stats_without_a_gpu(tmp_path, monkeypatch):
 def test_quantization_says_what_to_use():
     with pytest.raises(MisconfigurationException, match="torch.ao.quantization"):
         QuantizationAwareTraining()
+
+
+def test_predictions_are_written_for_batches_and_in_the_end(tmp_path):
+    class Writer(BasePredictionWriter):
+        def __init__(self, interval):
+            super().__init__(interval)
+            self.batches, self.epochs = [], []
+
+        def write_on_batch_end(
+            self, trainer, pl_module, prediction, indices, batch, batch_idx, dataloader_idx
+        ):
+            assert torch.equal(prediction, pl_module(batch))
+            self.batches.append((batch_idx, dataloader_idx))
+
+        def write_on_epoch_end(self, trainer, pl_module, predictions, indices):
+            self.epochs.append(predictions)
+
+    class Predicts(Model):
+        def forward(self, batch):
+            return self.net(batch[0])
+
+    for interval, batches, epochs in (("batch", 4, 0), ("epoch", 0, 1), ("batch_and_epoch", 4, 1)):
+        writer, model = Writer(interval), Predicts()
+        trainer = pl.Trainer(
+            default_root_dir=str(tmp_path), logger=False, progress_bar_refresh_rate=0,
+            callbacks=[writer], checkpoint_callback=False,
+        )  # fmt: skip
+        returned = trainer.predict(model, model.train_dataloader())
+        assert writer.batches == [(i, 0) for i in range(batches)]
+        assert len(writer.epochs) == epochs
+        assert len(returned or []) in (0, 4)
+    with pytest.raises(MisconfigurationException, match="write_interval"):
+        Writer("sometimes")
+
+
+def test_a_timer_ends_the_training(tmp_path):
+    timer = Timer(timedelta(seconds=0))
+    _, trainer = fit(tmp_path, timer, max_epochs=50)
+    assert trainer.global_step < 200
+    assert timer.time_elapsed("train") >= 0
+    long = Timer("00:01:00:00")
+    _, trainer = fit(tmp_path, long, max_epochs=1)
+    assert trainer.global_step == 4
+    assert 3500 < long.time_remaining() <= 3600
+    for wrong in ({"duration": "1:00"}, {"duration": "00:00:00:01", "interval": "batch"}):
+        with pytest.raises(MisconfigurationException):
+            Timer(**wrong)
+
+
+def test_a_backbone_is_frozen_until_its_epoch(tmp_path):
+    class WithBackbone(Model):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.net[0]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(
+                [p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.0
+            )
+
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+            seen.append((pl_module.backbone.weight.detach().clone(), len(rates)))
+
+    model = WithBackbone()
+    start = model.backbone.weight.detach().clone()
+    trainer = pl.Trainer(
+        default_root_dir=str(tmp_path), progress_bar_refresh_rate=0, weights_summary=None,
+        logger=False, max_epochs=4,
+        callbacks=[BackboneFinetuning(2, backbone_initial_lr=0.05), Look()],
+    )  # fmt: skip
+    trainer.fit(model)
+    assert torch.equal(seen[0][0], start)
+    assert torch.equal(seen[1][0], start)
+    assert not torch.equal(seen[2][0], start)
+    assert [count for _, count in seen] == [1, 1, 2, 2]
+
+
+def test_the_summary_is_a_callback_too(tmp_path, capsys, caplog):
+    with caplog.at_level("INFO"):
+        fit(tmp_path, ModelSummary(max_depth=-1), max_epochs=1)
+    text = capsys.readouterr().out + caplog.text
+    assert "net.0" in text
+    assert "Total params" in text
