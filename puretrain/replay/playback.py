@@ -148,8 +148,8 @@ class Recorded(NamedTuple):
             kind: those of steps, of validations, or of ends of epochs.
 
         Returns:
-            Numpy arrays of one length, by name; ``step``, ``epoch`` (int64), ``time`` (float64, seconds
-            since 1970), and a float64 each for the metrics, NaN where there is none.
+            Numpy arrays of one length, by name; ``step``, ``epoch`` (int64), ``time`` (float64,
+            seconds since 1970), and a float64 each for the metrics, NaN where there is none.
         """
         records: list[Any]
         if kind == "step":
