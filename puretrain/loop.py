@@ -623,7 +623,8 @@ def _check_batch(batch: Any, expected: Any, state: TrainState) -> Any:
     if expected is not None and structure != expected:
         raise DataError(
             f"epoch {int(state.cursor.epoch)}, offset {int(state.cursor.offset)}: a batch has the "
-            f"structure {structure}, those before it had {expected}"
+            f"structure {structure}, those before it had {expected}; give all batches of a run one "
+            "structure, for instance with collate= or transform="
         )
     return structure
 

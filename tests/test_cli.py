@@ -154,8 +154,10 @@ def test_fit_says_in_one_line_what_is_wrong(place, call, arguments, message):
 
 
 def test_an_exception_of_the_users_code_keeps_its_traceback(place, call):
-    with pytest.raises(ZeroDivisionError):
-        call("fit", "toy.py:failing")
+    status, out, err = call("fit", "toy.py:failing")
+    assert (status, out) == (2, "")
+    assert "return 1 / 0 if error" in err
+    assert err.endswith("ZeroDivisionError: division by zero\n")
 
 
 # ── fit --resume ──────────────────────────────────────────────────────────────────────────────────

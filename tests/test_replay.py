@@ -456,7 +456,7 @@ def test_digits_with_workers_one_of_them_killed_replays_with_any_number(tmp_path
             multiprocessing.active_children()[0].kill()
 
     run = make(2)
-    with pytest.raises((DataError, RuntimeError, OSError)):  # whatever the loader makes of it
+    with pytest.raises((DataError, RuntimeError)):  # torch's signal handler may raise anywhere
         run._replace(observers=[*run.observers, kill_a_worker]).fit()
     assert int(make(1).fit(resume=True).step) == 48
     for program in (make(0), make(3)):

@@ -103,11 +103,6 @@ class Entry(Record):
         return self.coded_nbytes if self.coding else self.nbytes
 
     @property
-    def stored_checksum(self) -> bytes:
-        """XXH3-128 of the bytes that are stored, here or in a shared file."""
-        return self.coded_checksum if self.coding else self.checksum
-
-    @property
     def shared_name(self) -> str:
         """The name of the shared file: it follows from the content."""
         suffix = self.coding or "raw"

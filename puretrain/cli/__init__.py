@@ -1,7 +1,7 @@
 """The command line: ``puretrain fit``, ``inspect``, ``replay`` and the others.
 
 What goes wrong on purpose (a :class:`~puretrain.errors.PuretrainError`) is one line on stderr and
-the exit status 2. An exception of somebody else's code keeps its traceback.
+the exit status 2. An exception of somebody else's code keeps its traceback, and is 2 as well.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("puretrain: interrupted", file=sys.stderr)
         return 130
-    except Exception:
-        if options.foreign_code:
-            raise
+    except Exception:  # noqa: BLE001  # nothing is hidden: it is the end of the program
         traceback.print_exc()  # and not Python's exit status 1, which says something else here
     return 2
