@@ -102,6 +102,37 @@ def two(module):
     ]
 
 
+def moving_average(pl, decay=0.9):
+    """The callback that many projects have: it validates with an average of the weights."""
+
+    class MovingAverage(pl.Callback):
+        def __init__(self):
+            self.average = None
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx, *rest):
+            if self.average is None:
+                self.average = {k: v.clone() for k, v in module.state_dict().items()}
+            for name, value in module.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+
+        def on_validation_epoch_end(self, trainer, module):
+            if self.average is None:  # the short validation before training
+                return
+            raw = {k: v.clone() for k, v in module.state_dict().items()}
+            module.load_state_dict(self.average)
+            with torch.no_grad():
+                module.log("val_average", module.loss(next(iter(module.val_dataloader()))))
+            module.load_state_dict(raw)
+
+        def state_dict(self):
+            return {"average": self.average}
+
+        def load_state_dict(self, state):
+            self.average = state["average"]
+
+    return MovingAverage()
+
+
 # name: (arguments of the model, arguments of the Trainer, makes callbacks out of pl)
 MATRIX = {
     "plain": ({}, {}, None),
@@ -145,6 +176,7 @@ MATRIX = {
         {"max_epochs": 5},
         lambda pl: [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)],
     ),
+    "moving average": ({}, {}, lambda pl: [moving_average(pl)]),
     "best two": (
         {},
         {},
