@@ -36,7 +36,7 @@ def key(seed: int) -> Tensor:
         seed: an integer of at most 64 bits; a negative one is read as its two's complement.
 
     Returns:
-        The key, int64 of shape ``(2,)``: the high and the low 32 bits of the seed.
+        The high and the low 32 bits of the seed, int64 of shape ``(2,)``.
 
     >>> key(42)
     tensor([ 0, 42])

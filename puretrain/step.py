@@ -181,8 +181,9 @@ def train_step(
     _check_choice("nonfinite", nonfinite, ("propagate", "raise", "skip"))
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
-            f"optimizer is an Optimizer, such as puretrain.optim.adamw(1e-3), not {optimizer!r}; "
-            "end a chain of transformations with one"
+            "optimizer is an Optimizer, such as puretrain.optim.adamw(1e-3), not a "
+            f"{type(optimizer).__name__}; end a chain of transformations with one, and make a "
+            "class of torch.optim one with puretrain.optim.from_torch"
         )
     scaled = precision == "16"
 
