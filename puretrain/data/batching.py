@@ -28,6 +28,7 @@ from puretrain.data.sources import (
     Stream,
     has_ended,
     is_stateful,
+    raise_if_lost,
 )
 from puretrain.errors import ConfigurationError, DataError
 from puretrain.random import key as random_key
@@ -79,12 +80,17 @@ class Batches:
         epoch_tensor = torch.tensor(epoch)
         sizes_known = self.plan.batch_size is not None
         pieces = self.items.read(self.plan, epoch, offset, cursor.source)
-        for batch, taken, state in pieces:
-            offset += taken
-            size = taken if sizes_known else _first_dimension(batch)
-            # torch.full takes a quarter of torch.tensor's time, which shows in a tiny step
-            place = Cursor(epoch_tensor, torch.full((), offset, dtype=torch.int64), state)
-            yield Read(self._deliver(batch), place, size)
+        try:
+            for batch, taken, state in pieces:
+                offset += taken
+                size = taken if sizes_known else _first_dimension(batch)
+                # torch.full takes a quarter of torch.tensor's time, which shows in a tiny step
+                place = Cursor(epoch_tensor, torch.full((), offset, dtype=torch.int64), state)
+                yield Read(self._deliver(batch), place, size)
+        except RuntimeError as error:
+            # Torch's handler of signals tells of a lost worker in whatever line is being executed.
+            raise_if_lost(error)
+            raise
 
     def length(self, cursor: Cursor) -> int | None:
         """How many batches are left in the cursor's epoch; None if only reading can tell.

@@ -500,7 +500,7 @@ def _started(loader: DataLoader[Any]) -> Any:
     try:
         return iter(loader)
     except _LOSSES as error:
-        _raise_if_lost(error)
+        raise_if_lost(error)
         raise
 
 
@@ -511,12 +511,13 @@ def _received(workers: Any) -> Iterator[Any]:
         except StopIteration:
             return
         except _LOSSES as error:
-            _raise_if_lost(error)
+            raise_if_lost(error)
             raise
         yield batch
 
 
-def _raise_if_lost(error: BaseException) -> None:
+def raise_if_lost(error: BaseException) -> None:
+    """Raise a DataError if an exception tells that a worker is gone."""
     # Else it is the caller's own error, which holds the traceback from the worker.
     if _tells_of_a_lost_worker(error):
         what = str(error) or type(error).__name__
