@@ -25,6 +25,7 @@ from puretrain.errors import ConfigurationError, NonFiniteError
 from puretrain.loop import Event, Reducer
 from puretrain.optim import get_hyperparams, set_hyperparams
 from puretrain.state import TrainState, reserve, unreserve
+from puretrain.step import check_choice
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -421,8 +422,8 @@ def nan_guard(
         ConfigurationError: an argument has no such value.
         NonFiniteError: (in the loop) with the number of the step and the name of the leaf.
     """
-    _check_choice("what", what, ("loss", "params"))
-    _check_choice("action", action, ("raise", "stop"))
+    check_choice("what", what, ("loss", "params"))
+    check_choice("action", action, ("raise", "stop"))
     _check_count("every of nan_guard", every)
 
     def reduce(state: S, event: Event) -> S:
@@ -741,13 +742,13 @@ def _injected(state: TrainState, who: str, wanted: str | None = None) -> dict[st
 
 
 def _better(mode: str) -> Callable[[float, float], bool]:
-    _check_choice("mode", mode, ("min", "max"))
+    check_choice("mode", mode, ("min", "max"))
     return operator.lt if mode == "min" else operator.gt
 
 
 def _improved(mode: str, threshold: float, kind: str) -> Callable[[float, float], bool]:
     better, sign = _better(mode), -1.0 if mode == "min" else 1.0
-    _check_choice("threshold_mode", kind, ("rel", "abs"))
+    check_choice("threshold_mode", kind, ("rel", "abs"))
     if kind == "rel":
         return lambda value, best: better(value, best * (1.0 + sign * threshold))
     return lambda value, best: better(value, best + sign * threshold)
@@ -756,8 +757,3 @@ def _improved(mode: str, threshold: float, kind: str) -> Callable[[float, float]
 def _check_count(what: str, value: Any) -> None:
     if not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{what} is a whole number from 1, not {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")

@@ -177,8 +177,8 @@ def train_step(
     """
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ConfigurationError(f"accumulate is a whole number from 1, not {accumulate!r}")
-    _check_choice("precision", precision, ("32", "64", "bf16", "16"))
-    _check_choice("nonfinite", nonfinite, ("propagate", "raise", "skip"))
+    check_choice("precision", precision, ("32", "64", "bf16", "16"))
+    check_choice("nonfinite", nonfinite, ("propagate", "raise", "skip"))
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
             "optimizer is an Optimizer, such as puretrain.optim.adamw(1e-3), not a "
@@ -206,11 +206,11 @@ def train_step(
             finite = _all_finite(result, tracing)
             if nonfinite == "raise":
                 _raise_unless(finite if scale is None else result.loss.isfinite(), given, result)
-        counts: dict[str, Tensor] = {"step": given.step, "updates": given.updates}
         if tracing or accumulate > 1 or finite is not True:
             counts = {"step": given.step + 1}
         else:  # in one call: on small tensors a call costs more than what it does
-            counts = dict(zip(counts, torch._foreach_add([*counts.values()], 1), strict=True))
+            step_count, updates = torch._foreach_add([given.step, given.updates], 1)
+            counts = {"step": step_count, "updates": updates}
         counted = {
             **counts,
             "metrics": result.metrics,
@@ -299,7 +299,7 @@ def eval_step(
         >>> step(state, torch.arange(3.0))
         {'sum': f32 3.0}
     """
-    _check_choice("precision", precision, ("32", "64", "bf16", "16"))
+    check_choice("precision", precision, ("32", "64", "bf16", "16"))
 
     def step(state: TrainState, batch: Any, /) -> FrozenDict[Any]:
         tracing = under_transform()
@@ -704,6 +704,7 @@ def _check_call(state: Any, donate: bool, draws: bool, nonfinite: str) -> bool:
     return True
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a ConfigurationError that names the argument unless its value is one of the choices."""
     if value not in choices:
         raise ConfigurationError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")

@@ -291,10 +291,6 @@ def _flatten_frozen_dict(node: FrozenDict[Any]) -> tuple[list[Any], Any, tuple[s
     return list(node._items.values()), keys, keys
 
 
-def _unflatten_frozen_dict(keys: Any, children: Iterable[Any]) -> FrozenDict[Any]:
-    return frozen_dict(keys, children)
-
-
 def _register(
     cls: type,
     flatten: Callable[[Any], tuple[list[Any], Any, tuple[str, ...]]],
@@ -333,7 +329,7 @@ def _register(
     )
 
 
-_register(FrozenDict, _flatten_frozen_dict, _unflatten_frozen_dict)
+_register(FrozenDict, _flatten_frozen_dict, frozen_dict)
 
 
 def nodes(tree: Any) -> list[Record | FrozenDict[Any]]:
