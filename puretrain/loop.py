@@ -160,6 +160,7 @@ def fit(
     validation: Validation | None = None,
     donate: bool = False,
     handle_signals: bool = True,
+    agree: Callable[[int], int] | None = None,
 ) -> S:
     """Train: fold a step over batches until the run has seen its epochs or steps.
 
@@ -184,6 +185,9 @@ def fit(
         donate: the state may be used up as well; without it, the first step makes a copy.
         handle_signals: on Ctrl-C or SIGTERM finish the step, show the observers an ``interrupt``,
             and raise :class:`Interrupted`. A second Ctrl-C stops at once. Only in the main thread.
+        agree: for a run of several processes, which have to end after the same step: called after
+            every step with the number of the signal that came to this process, or 0; what it
+            returns counts. :func:`puretrain.sharding.agreement` makes one.
 
     Returns:
         The last state.
@@ -219,6 +223,7 @@ def fit(
         validation and validation._replace(batches=as_batches(validation.batches)),
         epochs,
         steps,
+        agree or _alone,
     )
     with (
         _closing(plan.observers),
@@ -242,6 +247,11 @@ class _Plan(NamedTuple):
     validation: Validation | None
     epochs: int | None
     steps: int | None
+    agree: Callable[[int], int]
+
+
+def _alone(signal_number: int) -> int:
+    return signal_number
 
 
 def _run(plan: _Plan, state: Any, received: list[int], keeping: ExitStack) -> Any:
@@ -322,9 +332,10 @@ def _tell(plan: _Plan, state: S, event: Event) -> S:
 
 
 def _stop_if(received: list[int], plan: _Plan, state: TrainState) -> None:
-    if received:
+    number = plan.agree(received[0] if received else 0)
+    if number:
         _tell(plan, state, _event(plan, "interrupt", state))
-        raise Interrupted(state, received[0])
+        raise Interrupted(state, number)
 
 
 def _finished(plan: _Plan, state: TrainState) -> bool:

@@ -47,7 +47,21 @@ from puretrain.tree import (
     under_transform,
 )
 
-__all__ = ["Aux", "EvalStep", "Loss", "NonFinite", "Precision", "Step", "eval_step", "train_step"]
+__all__ = [
+    "Across",
+    "Aux",
+    "EvalStep",
+    "Evaluate",
+    "Gradients",
+    "Loss",
+    "NonFinite",
+    "Passage",
+    "Precision",
+    "Recipe",
+    "Step",
+    "eval_step",
+    "train_step",
+]
 
 S = TypeVar("S", bound=TrainState)
 T = TypeVar("T")
@@ -95,14 +109,66 @@ class EvalStep(Protocol):
         ...
 
 
-class _Result(NamedTuple):
+class Gradients(NamedTuple):
     """What one evaluation of the loss gives, all of it detached."""
 
     loss: Tensor
+    """The loss, a tensor of shape ``()``."""
     buffers: Any
+    """The buffers of the state that follows."""
     metrics: FrozenDict[Any]
-    grads: Sequence[Tensor | None]  # aligned with the leaves of the parameters
-    as_tree: Callable[[Sequence[Any]], Any]  # makes a tree like the parameters out of such leaves
+    """The metrics by name, the loss among them."""
+    grads: Sequence[Tensor | None]
+    """A gradient for each leaf of the parameters, in their order; None where there is none."""
+    as_tree: Callable[[Sequence[Any]], Any]
+    """Makes a tree like the parameters out of such leaves."""
+
+
+class Passage(NamedTuple):
+    """What lies between the parameters that a state holds and those that a loss is given."""
+
+    into: Callable[[list[Tensor]], list[Tensor]]
+    """From the leaves in the state to the leaves for the loss; gradients flow back through it."""
+    out: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+    """What is done to the gradients of the leaves in the state when all are there."""
+    weight: float = 1.0
+    """What the loss is multiplied with before it is differentiated: the share of the part in the
+    whole batch, so that the sum over the parts is the mean over the batch."""
+
+
+class Evaluate(Protocol):
+    """Evaluates the loss of a step, and its gradients, on one part of a batch."""
+
+    def __call__(
+        self, state: TrainState, batch: Any, key: Tensor | None, passage: Passage | None = None, /
+    ) -> Gradients:
+        """Evaluate; torch's generators are as the caller has seeded them."""
+        ...
+
+
+Across = Callable[[Evaluate, TrainState, Any, "Tensor | None"], Gradients]
+"""How a step evaluates a batch that is divided over devices or processes: it calls the function
+that it is given for each part that falls to it, and returns what belongs to the whole batch."""
+
+
+class Recipe(NamedTuple):
+    """The arguments of :func:`train_step`, which a step has as ``step.recipe``.
+
+    ``step.recipe._replace(accumulate=4).step()`` is the same step, but for one of them.
+    """
+
+    loss: Loss
+    optimizer: Optimizer
+    accumulate: int = 1
+    precision: Precision = "32"
+    nonfinite: NonFinite = "propagate"
+    draws: bool = True
+    across: Across | None = None
+
+    def step(self) -> Step:
+        """Make the step."""
+        options = {name: getattr(self, name) for name in self._fields[2:]}
+        return train_step(self.loss, self.optimizer, **options)
 
 
 def train_step(
@@ -113,6 +179,7 @@ def train_step(
     precision: Precision = "32",
     nonfinite: NonFinite = "propagate",
     draws: bool = True,
+    across: Across | None = None,
 ) -> Step:
     """Make a step out of a loss function and an optimizer.
 
@@ -151,6 +218,11 @@ def train_step(
             as they were and counts the batch in ``state.skipped``.
         draws: False says that the loss draws nothing: ``key`` is None then and the generators are
             left alone, which saves some 20 µs. ``torch.compile`` needs it, as it can't seed.
+        across: over what a batch is divided, such as ``puretrain.sharding.ddp(mesh)``; None: it
+            is evaluated whole, here.
+
+    Returns:
+        The step. It also has ``flush`` and, as ``recipe``, the arguments that it was made of.
 
     Raises:
         ConfigurationError: an argument has no such value.
@@ -198,9 +270,27 @@ def train_step(
         with random.scope(key):
             return advance(state, batch, key, donate, tracing)
 
+    def evaluated(
+        state: TrainState, batch: Any, key: Tensor | None, scale: LossScale | None, tracing: bool
+    ) -> Gradients:
+        if across is None:
+            return _evaluate(loss, state, batch, key, precision, scale, tracing)
+        if tracing:
+            raise TransformError(
+                "a step whose batches are divided (across=) can't be transformed: processes and "
+                "devices talk to each other in it. Transform the loss, or the step without it"
+            )
+
+        def evaluate(
+            state: TrainState, batch: Any, key: Tensor | None, passage: Passage | None = None, /
+        ) -> Gradients:
+            return _evaluate(loss, state, batch, key, precision, scale, False, passage)
+
+        return across(evaluate, state, batch, key)
+
     def advance(given: S, batch: Any, key: Tensor | None, donate: bool, tracing: bool) -> S:
         scale = _typed_loss_scale(given.loss_scale) if scaled else None
-        result = _evaluate(loss, given, batch, key, precision, scale, tracing)
+        result = evaluated(given, batch, key, scale, tracing)
         finite: bool | Tensor = True
         if scaled or nonfinite != "propagate":
             finite = _all_finite(result, tracing)
@@ -272,6 +362,9 @@ def train_step(
         return _hand_over(state, with_accumulator(state), following, donate, tracing)
 
     step.flush = flush  # type: ignore[attr-defined]
+    step.recipe = Recipe(  # type: ignore[attr-defined]
+        loss, optimizer, accumulate, precision, nonfinite, draws, across
+    )
     return step
 
 
@@ -334,7 +427,8 @@ def _evaluate(
     precision: Precision,
     loss_scale: LossScale | None,
     tracing: bool,
-) -> _Result:
+    passage: Passage | None = None,
+) -> Gradients:
     scale = None if loss_scale is None else loss_scale.scale
     leaves, as_tree = _leaves(state.params)
     if precision == "64":
@@ -342,10 +436,13 @@ def _evaluate(
     batch = _cast(batch, precision)
 
     def scaled_loss(leaves: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Aux]]:
-        params = as_tree(leaves)
+        params = as_tree(leaves if passage is None else passage.into(leaves))
         with _casting(precision, state.params):
             value, aux = _check_loss(loss(params, state.buffers, batch, cast(Tensor, key)))
-        return value if scale is None else value * scale, (value, aux)
+        differentiated = value if scale is None else value * scale
+        if passage is not None and passage.weight != 1.0:
+            differentiated = differentiated * passage.weight
+        return differentiated, (value, aux)
 
     if tracing:
         # A function of the leaves, so that outer transforms see through it.
@@ -363,6 +460,8 @@ def _evaluate(
             if not differentiated.requires_grad:
                 raise LossError(_INDEPENDENT)
             grads = torch.autograd.grad(differentiated, inputs, allow_unused=True)
+            if passage is not None:
+                grads = passage.out(grads)
         if versions != _versions(watched):
             raise LossError(_changed_in_place(state, batch, watched, versions))
         # What autograd returns and what the loss returns may be the memory of its arguments.
@@ -381,8 +480,10 @@ def _evaluate(
         metrics[name] = _separated(_as_tensor(metric), taken, tracing)
     buffers = state.buffers
     if aux.buffers is not None:
-        buffers = _separated(aux.buffers, taken, tracing)
-    return _Result(value, buffers, frozen_dict(metrics, metrics.values()), grads, as_tree)
+        # Buffers that stay as they were are shared with the state before: no step overwrites them.
+        held = memory(_tensors(state.buffers)) - memory(leaves) if taken else taken
+        buffers = _separated(aux.buffers, taken - held, tracing)
+    return Gradients(value, buffers, frozen_dict(metrics, metrics.values()), grads, as_tree)
 
 
 def _leaves(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -579,7 +680,7 @@ def _rescale(before: LossScale | None, finite: bool | Tensor) -> LossScale | Non
     )
 
 
-def _all_finite(result: _Result, tracing: bool) -> bool | Tensor:
+def _all_finite(result: Gradients, tracing: bool) -> bool | Tensor:
     grads = [grad for grad in result.grads if grad is not None and grad.numel()]
     if tracing:
         return torch.stack([x.isfinite().all() for x in (result.loss, *grads)]).all()
@@ -588,7 +689,7 @@ def _all_finite(result: _Result, tracing: bool) -> bool | Tensor:
     return bool(torch.stack([x.isfinite() for x in (result.loss, *largest)]).all())
 
 
-def _raise_unless(finite: bool | Tensor, state: TrainState, result: _Result) -> None:
+def _raise_unless(finite: bool | Tensor, state: TrainState, result: Gradients) -> None:
     if finite:
         return
     bad = "the loss"

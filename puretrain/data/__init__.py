@@ -8,6 +8,7 @@ another batch size or another number of workers.
 Where the pieces are:
     - ``batching``: :func:`batches` and the value it returns.
     - ``sources``: how arrays, datasets and streams are read, in this process or in workers.
+    - ``parts``: what one process reads of a batch that several share.
     - ``collation``: :func:`collate`, which makes a batch of samples.
     - ``seeds``: the random generators that a dataset draws from.
     - ``plain``: the bytes in which the state of a foreign source is kept.
@@ -15,6 +16,7 @@ Where the pieces are:
 
 from puretrain.data.batching import Batches, Read, batches
 from puretrain.data.collation import collate
+from puretrain.data.parts import Parts
 from puretrain.data.sources import DataWarning
 
-__all__ = ["Batches", "DataWarning", "Read", "batches", "collate"]
+__all__ = ["Batches", "DataWarning", "Parts", "Read", "batches", "collate"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from puretrain.data.parts import Parts, Share, first_dimension
 from puretrain.data.sources import (
     Arrays,
     DataWarning,
@@ -33,7 +34,7 @@ from puretrain.data.sources import (
 from puretrain.errors import ConfigurationError, DataError
 from puretrain.random import key as random_key
 from puretrain.state import Cursor
-from puretrain.tree import FrozenDict, Record, tree_leaves, tree_map
+from puretrain.tree import FrozenDict, Record, tree_map
 
 __all__ = ["Batches", "Read", "batches"]
 
@@ -83,7 +84,7 @@ class Batches:
         try:
             for batch, taken, state in pieces:
                 offset += taken
-                size = taken if sizes_known else _first_dimension(batch)
+                size = taken if sizes_known else _size(batch)
                 # torch.full takes a quarter of torch.tensor's time, which shows in a tiny step
                 place = Cursor(epoch_tensor, torch.full((), offset, dtype=torch.int64), state)
                 yield Read(self._deliver(batch), place, size)
@@ -124,6 +125,32 @@ class Batches:
         epoch = torch.tensor(int(cursor.epoch) + 1)
         return Cursor(epoch=epoch, source=cursor.source) if keep else Cursor(epoch=epoch)
 
+    def divided(self, parts: int, start: int, stop: int | None = None) -> Batches:
+        """The same batches, of which only some parts are read; each is a :class:`Parts`.
+
+        The place in the data stays that in the whole: a cursor counts the samples of all parts, so
+        a run may go on with another division.
+
+        Args:
+            parts: how many parts every batch is divided into, as equal as can be.
+            start: the first part to read, from 0.
+            stop: the one after the last; one part by default.
+
+        Raises:
+            ConfigurationError: there are no such parts.
+
+        >>> data = batches(torch.arange(10), batch_size=4).divided(2, 1)
+        >>> [read.batch.parts[0].tolist() for read in data.read(Cursor())]
+        [[2, 3], [6, 7], [9]]
+        """
+        stop = start + 1 if stop is None else stop
+        if not 0 <= start < stop <= parts:
+            raise ConfigurationError(
+                f"parts {start} to {stop} of {parts} can't be read: there must be at least one, "
+                "and all of them within the batch"
+            )
+        return replace(self, plan=replace(self.plan, share=Share(parts, start, stop)))
+
     def __iter__(self) -> Iterator[Any]:
         for read in self.read(Cursor()):
             yield read.batch
@@ -159,6 +186,8 @@ class Batches:
         return epoch, offset
 
     def _deliver(self, batch: Any) -> Any:
+        if isinstance(batch, Parts):
+            return batch.replace(parts=tuple(map(self._deliver, batch.parts)))
         if self.pin_memory:
             batch = tree_map(
                 lambda leaf: leaf.pin_memory() if _can_be_pinned(leaf) else leaf, batch
@@ -174,15 +203,12 @@ class Batches:
         return leaf.to(self.device) if hasattr(leaf, "to") else leaf
 
 
+def _size(batch: Any) -> int:
+    return int(batch.total) if isinstance(batch, Parts) else first_dimension(batch)
+
+
 def _can_be_pinned(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.device.type == "cpu" and not leaf.is_pinned()
-
-
-def _first_dimension(batch: Any) -> int:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim:
-            return int(leaf.shape[0])
-    return 1
 
 
 def batches(

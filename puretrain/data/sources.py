@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from puretrain.data.collation import collate
+from puretrain.data.parts import Share, cut
 from puretrain.data.plain import pack, unpack
 from puretrain.data.seeds import generators_kept, mix, seed_generators, seeded
 from puretrain.errors import DataError
@@ -62,6 +63,8 @@ class Plan:
     num_workers: int
     worker_options: Mapping[str, Any]
     """Further arguments for torch's DataLoader."""
+    share: Share | None = None
+    """Which parts of each batch are read; None: all of it, undivided."""
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The first item and the one after the last of every batch of an epoch from an offset."""
@@ -69,6 +72,22 @@ class Plan:
         stop = length - (length - offset) % size if self.drop_last else length
         for start in range(offset, stop, size):
             yield start, min(start + size, length)
+
+    def divided(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The first item and the one after the last of what is read of each batch."""
+        for start, stop in spans:
+            if self.share is None or self.batch_size is None:
+                yield start, stop
+            else:
+                yield from ((start + a, start + b) for a, b in self.share.cuts(stop - start))
+
+    def gather(self, fetched: Iterator[Any], length: int) -> Any:
+        """The next batch out of what was read of each, given how many items belong to it."""
+        if self.share is None:
+            return next(fetched)
+        if self.batch_size is None:
+            return cut(next(fetched), self.share)
+        return self.share.of([next(fetched) for _ in self.share.cuts(length)], length)
 
     def order(self, epoch: int, length: int) -> Tensor | None:
         """The order of an epoch's items, int64 of shape ``(length,)``; None: as they come."""
@@ -123,19 +142,30 @@ class Arrays:
 
     def read(self, plan: Plan, epoch: int, offset: int, state: Tensor) -> Iterator[Piece]:
         """Yield the batches of an epoch from a sample on."""
-        order = plan.order(epoch, self.length)
-        if order is None:
-            for start, stop in plan.spans(offset, self.length):
-                parts = [leaf[start:stop] for leaf in self.leaves]
-                if self.copy:
-                    parts = [part.clone() for part in parts]
-                yield Piece(tree_unflatten(self.structure, parts), stop - start, NO_STATE)
-            return
-        orders = {leaf.device: order.to(leaf.device) for leaf in self.leaves}
+        cut_out = self._cutter(plan.order(epoch, self.length))
+        fetched = (cut_out(*span) for span in plan.divided(plan.spans(offset, self.length)))
         for start, stop in plan.spans(offset, self.length):
+            yield Piece(plan.gather(fetched, stop - start), stop - start, NO_STATE)
+
+    def _cutter(self, order: Tensor | None) -> Callable[[int, int], Any]:
+        """A function that makes a batch of the items from one place of an order to another."""
+        if order is None:
+
+            def cut_out(start: int, stop: int) -> Any:
+                rows = [leaf[start:stop] for leaf in self.leaves]
+                if self.copy:
+                    rows = [part.clone() for part in rows]
+                return tree_unflatten(self.structure, rows)
+
+            return cut_out
+        orders = {leaf.device: order.to(leaf.device) for leaf in self.leaves}
+
+        def pick(start: int, stop: int) -> Any:
             indices = {device: order[start:stop] for device, order in orders.items()}
-            parts = [leaf.index_select(0, indices[leaf.device]) for leaf in self.leaves]
-            yield Piece(tree_unflatten(self.structure, parts), stop - start, NO_STATE)
+            rows = [leaf.index_select(0, indices[leaf.device]) for leaf in self.leaves]
+            return tree_unflatten(self.structure, rows)
+
+        return pick
 
 
 def _tensor(leaf: Any, name: str) -> Tensor:
@@ -185,7 +215,7 @@ class Samples:
         seed = plan.epoch_seed(epoch) if plan.sample_seeds and not plain else None
 
         def requests() -> Iterator[_Request]:
-            for start, stop in plan.spans(offset, self.length):
+            for start, stop in plan.divided(plan.spans(offset, self.length)):
                 yield seed, range(start, stop) if order is None else order[start:stop].tolist()
 
         fetch = _Fetch(self.dataset, plan.collate, ready=plan.batch_size is None)
@@ -194,8 +224,8 @@ class Samples:
         else:
             fetched = _here(fetch, requests())
         try:
-            for (start, stop), batch in zip(plan.spans(offset, self.length), fetched, strict=True):
-                yield Piece(batch, stop - start, NO_STATE)
+            for start, stop in plan.spans(offset, self.length):
+                yield Piece(plan.gather(fetched, stop - start), stop - start, NO_STATE)
         finally:
             fetched.close()
 
@@ -328,9 +358,18 @@ class Stream:
                     items = list(itertools.islice(run.items, size))
                     if not items or (plan.drop_last and len(items) < size):
                         break
-                    indices = range(offset, offset + len(items))
                     ready = plan.batch_size is None
-                    batch = _batch_of(items, indices, plan.collate, seed, ready=ready)
+                    parts = (
+                        _batch_of(
+                            items[a:b],
+                            range(offset + a, offset + b),
+                            plan.collate,
+                            seed,
+                            ready=ready,
+                        )
+                        for a, b in plan.divided([(0, len(items))])
+                    )
+                    batch = plan.gather(parts, len(items))
                     state = run.state(len(items) < size)
                 offset += len(items)
                 at_start = False
