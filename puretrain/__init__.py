@@ -4,7 +4,7 @@ A run is a fold, ``state' = step(state, batch)``; :class:`TrainState` holds all 
 happens next.
 """
 
-from puretrain import errors, metrics, optim, random, replay, tree
+from puretrain import errors, metrics, optim, random, replay, sharding, tree
 from puretrain.checkpoint import (
     convert,
     load,
@@ -89,6 +89,7 @@ __all__ = [
     "reduce_on_plateau",
     "replay",
     "save",
+    "sharding",
     "swa",
     "tensorboard",
     "train_step",

@@ -1,0 +1,23 @@
+"""States and batches over several devices, processes and machines.
+
+A step stays the same function: what is divided is the batch (:func:`ddp`, :func:`dp`,
+:func:`elastic`), and where a leaf of the state lives is said by a placement. Processes are started
+by torchrun, or by ``puretrain fit --nproc``, and talk through ``torch.distributed``.
+"""
+
+from puretrain.sharding.data_parallel import all_reduce, ddp, divide, dp, elastic, eval_across
+from puretrain.sharding.processes import agreement, device_of, everyone, on_rank_zero, processes
+
+__all__ = [
+    "agreement",
+    "all_reduce",
+    "ddp",
+    "device_of",
+    "divide",
+    "dp",
+    "elastic",
+    "eval_across",
+    "everyone",
+    "on_rank_zero",
+    "processes",
+]

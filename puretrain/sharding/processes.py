@@ -1,0 +1,164 @@
+"""The processes of a run: how they find each other, who they are, and how they agree to stop."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from puretrain.errors import ConfigurationError
+from puretrain.loop import Observer
+
+__all__ = ["agreement", "device_of", "everyone", "on_rank_zero", "processes"]
+
+DATA, SHARD = "data", "shard"
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def processes(
+    *, shard: int = 1, device: str | None = None, timeout: float = 600.0
+) -> Iterator[DeviceMesh]:
+    """Join the processes of a run that torchrun has started, for as long as the context lasts.
+
+    In a program that was not started by torchrun there is one process, and everything works the
+    same.
+
+    Args:
+        shard: over how many processes a state is sharded; the rest of them hold copies of it. It
+            divides the number of processes.
+        device: ``"cpu"`` (the processes talk through gloo) or ``"cuda"`` (through nccl, one GPU for
+            each process, by ``LOCAL_RANK``); by default cuda if there is a GPU for each.
+        timeout: seconds after which a process that waits for another one in vain raises.
+
+    Yields:
+        A device mesh with the dimensions ``data`` and ``shard``.
+
+    Raises:
+        ConfigurationError: torchrun's variables are there in part, or ``shard`` does not divide the
+            number of processes, or there is no GPU for this one.
+
+    Example:
+        >>> with processes() as mesh:
+        ...     mesh.shape, mesh.mesh_dim_names
+        ((1, 1), ('data', 'shard'))
+    """
+    there = [name for name in _VARIABLES if name in os.environ]
+    if there and len(there) < len(_VARIABLES):
+        missing = [name for name in _VARIABLES if name not in there]
+        raise ConfigurationError(
+            f"the environment has {', '.join(there)} but not {', '.join(missing)}: start the "
+            "processes with torchrun, which sets all of them, or unset them for one process"
+        )
+    device = _device_type() if device is None else device
+    if device not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device is 'cpu' or 'cuda', not {device!r}")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"there is no GPU for the process of LOCAL_RANK {local_rank}: this machine has "
+                f"{torch.cuda.device_count()}. Start fewer processes, or give device='cpu'"
+            )
+        torch.cuda.set_device(local_rank)
+    mine = not dist.is_initialized()
+    if mine:
+        backend = "nccl" if device == "cuda" else "gloo"
+        patience = datetime.timedelta(seconds=timeout)
+        if there:
+            dist.init_process_group(backend, timeout=patience)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+    try:
+        world_size = dist.get_world_size()
+        if not 1 <= shard <= world_size or world_size % shard:
+            raise ConfigurationError(
+                f"a state can't be sharded over {shard} of {world_size} processes: shard must "
+                "divide their number"
+            )
+        yield init_device_mesh(device, (world_size // shard, shard), mesh_dim_names=(DATA, SHARD))
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def _device_type() -> str:
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= needed else "cpu"
+
+
+def all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The flat tensors of all processes, one after the other; all have the same length."""
+    every = flat.new_empty(dist.get_world_size(group) * flat.numel())
+    _all_gather(every, flat, group)
+    return every
+
+
+# Torch 2.13 has given it another name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def everyone(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all processes of a mesh.
+
+    Raises:
+        ConfigurationError: the mesh leaves out some processes of the program.
+    """
+    if mesh.size() != dist.get_world_size():
+        raise ConfigurationError(
+            f"the mesh has {mesh.size()} of the program's {dist.get_world_size()} processes; a run "
+            "is over all of them"
+        )
+    group = dist.group.WORLD
+    if group is None:
+        raise ConfigurationError("the process group of the mesh has been destroyed")
+    return group
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """Where the tensors of this process live."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
+def on_rank_zero(mesh: DeviceMesh, observers: Iterable[Observer]) -> list[Observer]:
+    """The observers in the first process, none in the others: one of them writes for all.
+
+    >>> with processes() as mesh:
+    ...     len(on_rank_zero(mesh, [print]))
+    1
+    """
+    return list(observers) if mesh.get_rank() == 0 else []
+
+
+def agreement(mesh: DeviceMesh) -> Callable[[int], int]:
+    """What lets all processes end after the same step, when a signal has come to one of them.
+
+    Give it to :func:`puretrain.fit` as ``agree``. Each call sends this process's number to the
+    others and returns the largest of those sent at the call before, so that nobody waits.
+    """
+    group, device = everyone(mesh), device_of(mesh)
+    if dist.get_world_size(group) == 1:
+        return lambda number: number
+    pending: list[tuple[Any, Tensor]] = []
+
+    def agree(number: int) -> int:
+        agreed = 0
+        if pending:
+            work, numbers = pending.pop()
+            work.wait()
+            agreed = int(numbers)
+        mine = torch.tensor(max(number, agreed), device=device)
+        pending.append((dist.all_reduce(mine, dist.ReduceOp.MAX, group, async_op=True), mine))
+        return agreed
+
+    return agree
