@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,13 @@ def processes(
         yield init_device_mesh(device, (world_size // shard, shard), mesh_dim_names=(DATA, SHARD))
     finally:
         if mine:
+            # Gloo's threads let go of the last call's tensors a moment after it has returned, and
+            # a program that ends before that is aborted (pytorch #179291).
+            time.sleep(_DRAINED)
             dist.destroy_process_group()
+
+
+_DRAINED = 0.05
 
 
 def _device_type() -> str:
