@@ -134,7 +134,8 @@ def _injected(
         new, inner = with_values(current).update(grads, state.inner, params, donate=donate)
         if not donate:
             current = {k: x if k in schedules else x.clone() for k, x in current.items()}
-        return new, InjectedState(state.count + 1, FrozenDict(current), inner, state.scheduled)
+        changes = {"count": state.count + 1, "hyperparams": FrozenDict(current), "inner": inner}
+        return new, state.replace(**changes)
 
     wrap = GradientTransformation if issubclass(kind, GradientTransformation) else Optimizer
     return wrap(init, update)

@@ -8,7 +8,6 @@ plain tensors a *kernel*, if there is one, computes the same in place: one of to
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import numbers
 import weakref
@@ -142,11 +141,13 @@ def leafwise(
         maximize: climb instead of descending.
         check: a further check of the leaves and their paths; raises.
     """
+    values = {k: float(v) if isinstance(v, numbers.Real) else v for k, v in hyperparameters.items()}
+    present = {"count", *slots, *(vectors or {})}
     method = _Method(
         name,
         state_type,
         formula,
-        {k: float(v) if isinstance(v, numbers.Real) else v for k, v in hyperparameters.items()},
+        values,
         slots,
         vectors or {},
         scalars,
@@ -157,15 +158,18 @@ def leafwise(
         beside_leaves,
         maximize,
         check,
+        tuple(field for field in state_type._names if field not in present),
+        tuple(k for k, v in values.items() if not isinstance(v, float)),
     )
-    # Computed now: on Python 3.11 torch.compile can't enter the lock of a cached property.
-    _ = method.absent, method.changing
     return Optimizer(functools.partial(_init, method), functools.partial(_update, method))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Method:
-    """The arguments of :func:`leafwise`."""
+class _Method(NamedTuple):
+    """The arguments of :func:`leafwise`, and what follows from them.
+
+    A named tuple, since the compiler can make one: hyper-parameters that are injected make their
+    optimizer anew in each update.
+    """
 
     name: str
     state_type: type[Record]
@@ -181,17 +185,10 @@ class _Method:
     beside_leaves: bool
     maximize: bool
     check: Callable[[list[str], Column], None] | None
-
-    @functools.cached_property
-    def absent(self) -> tuple[str, ...]:
-        """The fields of the state that are None."""
-        present = {"count", *self.slots, *self.vectors}
-        return tuple(field for field in self.state_type._names if field not in present)
-
-    @functools.cached_property
-    def changing(self) -> tuple[str, ...]:
-        """The hyper-parameters that are schedules or tensors."""
-        return tuple(k for k, v in self.hyperparameters.items() if not isinstance(v, float))
+    absent: tuple[str, ...]
+    """The fields of the state that are None."""
+    changing: tuple[str, ...]
+    """The hyper-parameters that are schedules or tensors."""
 
 
 def _init(method: _Method, params: Any, /) -> Any:
