@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -217,7 +218,8 @@ def train_step(
             gradients overflow now and then); ``'skip'`` leaves parameters, buffers and optimizer
             as they were and counts the batch in ``state.skipped``.
         draws: False says that the loss draws nothing: ``key`` is None then and the generators are
-            left alone, which saves some 20 µs. ``torch.compile`` needs it, as it can't seed.
+            left alone, which saves some 20 µs. A bare ``torch.compile`` needs it, as a graph can't
+            seed; :func:`puretrain.compiled` does not.
         across: over what a batch is divided, such as ``puretrain.sharding.ddp(mesh)``; None: it
             is evaluated whole, here.
 
@@ -290,7 +292,7 @@ def train_step(
 
     def advance(given: S, batch: Any, key: Tensor | None, donate: bool, tracing: bool) -> S:
         scale = _typed_loss_scale(given.loss_scale) if scaled else None
-        result = evaluated(given, batch, key, scale, tracing)
+        result = _shown(given, evaluated(given, batch, key, scale, tracing), tracing)
         finite: bool | Tensor = True
         if scaled or nonfinite != "propagate":
             finite = _all_finite(result, tracing)
@@ -414,6 +416,39 @@ def eval_step(
         )
 
     return step
+
+
+# ── Watching ──────────────────────────────────────────────────────────────────────────────────────
+
+Watch = Callable[[TrainState, Gradients], None]
+
+_watchers: ContextVar[tuple[Watch, ...]] = ContextVar("_watchers", default=())
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Show a function what each step evaluates, in this thread, however the steps are wrapped.
+
+    ``watch(state, gradients)`` is called before the optimizer, and may not change what it sees.
+    Steps inside of a transform are not shown, as their tensors have no values yet.
+    """
+    token = _watchers.set((*_watchers.get(), watch))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
+
+
+def _shown(state: TrainState, gradients: Gradients, tracing: bool) -> Gradients:
+    if not tracing:
+        for watch in _watchers.get():
+            watch(state, gradients)
+    return gradients
+
+
+def is_watched() -> bool:
+    """Whether steps are being shown to somebody."""
+    return bool(_watchers.get())
 
 
 # ── Gradients ─────────────────────────────────────────────────────────────────────────────────────
@@ -797,10 +832,10 @@ def _check_call(state: Any, donate: bool, draws: bool, nonfinite: str) -> bool:
         raise TransformError(
             "nonfinite='raise' can't look at values inside a transform; use 'skip' or 'propagate'"
         )
-    if draws and torch.compiler.is_compiling():
+    if draws and torch.compiler.is_compiling() and not random.is_seeded():
         raise TransformError(
-            "a step that seeds torch's generators can't be compiled: make it with "
-            "train_step(..., draws=False), or compile the model or the loss function in it"
+            "a graph can't seed torch's generators: compile the step with puretrain.compiled(step) "
+            "instead of torch.compile, or make it with train_step(..., draws=False)"
         )
     return True
 
