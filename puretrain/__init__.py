@@ -15,8 +15,9 @@ from puretrain.checkpoint import (
     save,
     verify,
 )
+from puretrain.compiled import compiled
 from puretrain.data import batches
-from puretrain.functional import functional, load_into
+from puretrain.functional import functional, load_into, rematerialize
 from puretrain.loop import Event, Interrupted, Reducer, Validation, evaluate, fit, predict, prepare
 from puretrain.observers import checkpoints, csv_log, jsonl_log, profiler, progress, tensorboard
 from puretrain.reducers import (
@@ -55,6 +56,7 @@ __all__ = [
     "best_k",
     "checkpoints",
     "command_line",
+    "compiled",
     "convert",
     "csv_log",
     "early_stopping",
@@ -87,6 +89,7 @@ __all__ = [
     "random",
     "read_index",
     "reduce_on_plateau",
+    "rematerialize",
     "replay",
     "save",
     "sharding",

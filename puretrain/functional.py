@@ -1,18 +1,29 @@
-"""An ``nn.Module`` as a pure function of its parameters and buffers."""
+"""An ``nn.Module`` as a pure function of its parameters and buffers; and memory saved in pure ones.
+
+:func:`functional` takes a module apart, :func:`load_into` puts values back into one, and
+:func:`rematerialize` makes a pure function forget what its derivative can compute again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.utils._pytree as torch_pytree
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from puretrain import random
-from puretrain.errors import StructureError
-from puretrain.tree import FrozenDict, frozen_dict
+from puretrain.errors import StructureError, TransformError
+from puretrain.tree import FrozenDict, frozen_dict, tree_leaves, under_transform
 
-__all__ = ["Apply", "Functional", "functional", "load_into"]
+__all__ = ["Apply", "Functional", "functional", "load_into", "rematerialize"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -250,3 +261,216 @@ def load_into(module: M, state: _HasTensors) -> M:
         for slot in slots:
             slot.store[slot.name].copy_(given[slot.path])
     return module
+
+
+# ── Rematerialization ─────────────────────────────────────────────────────────────────────────────
+
+
+def rematerialize(function: F) -> F:
+    """Make a pure function keep its arguments for the backward pass, and nothing between.
+
+    What lies between is computed once more when the gradient is, with the same draws: a part of a
+    loss then takes the memory of its arguments and of its results, for a second forward pass of
+    that part (Chen et al., "Training deep nets with sublinear memory cost", 2016; also called
+    gradient checkpointing). It pays for a part that is one of several: a layer of a deep network.
+    The values and the gradients have the same bits.
+
+    It works with ``torch.autograd``, and so in a step; inside of transforms of ``torch.func``; and
+    in a compiled step, where it may not draw, as a graph has no way to draw the same again.
+
+    Args:
+        function: a function of trees of tensors, such as the ``apply`` of :func:`functional`,
+            which returns a tree of tensors. Gradients flow through its arguments only: give it the
+            parameters as an argument. A module can't be one, since it holds its own.
+
+    Raises:
+        StructureError: ``function`` is a module.
+        TransformError: (the function) inside of a transform, it holds a tensor that is being
+            differentiated without having it as an argument; in a compiled step, it draws.
+
+    Example:
+        >>> layer = rematerialize(lambda params, x: torch.tanh(x @ params["w"]))
+        >>> def loss(params, x):
+        ...     for _ in range(8):
+        ...         x = layer(params, x)  # of each layer only its input is kept
+        ...     return x.sum()
+        >>> params = {"w": torch.eye(2) / 2}
+        >>> torch.func.grad(loss)(params, torch.ones(1, 2))["w"].shape
+        torch.Size([2, 2])
+    """
+    if isinstance(function, nn.Module):
+        raise StructureError(
+            f"rematerialize takes a pure function, not a {type(function).__name__}, whose tensors "
+            "are others when it is computed again: give it the apply of functional(module)"
+        )
+
+    described: list[Any] = []
+
+    def recomputed(*args: Any) -> Any:
+        flat, structure = torch_pytree.tree_flatten(args)
+        places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+        results: list[Any] = []
+
+        def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+            leaves = list(flat)
+            for i, tensor in zip(places, tensors, strict=True):
+                leaves[i] = tensor
+            returned = function(*torch_pytree.tree_unflatten(leaves, structure))
+            outputs, results[:] = torch_pytree.tree_flatten(returned)[0], [returned]
+            return tuple(outputs)
+
+        tensors = [flat[i] for i in places]
+        outputs = _Recomputed.apply(  # type: ignore[no-untyped-call]
+            _Replay(of_tensors, tensors), *tensors
+        )
+        if torch._guards.detect_fake_mode(tensors) is not None:
+            described[:] = [_described(results[0])]
+            return outputs
+        return torch_pytree.tree_unflatten(outputs, torch_pytree.tree_structure(results[0]))
+
+    # A compiler looks into it only when it has its graph. A graph knows no containers of ours: in
+    # go plain dicts, out come tensors alone, and what they belong to is known when it has run.
+    in_graph = torch.compiler.allow_in_graph(recomputed)  # type: ignore[no-untyped-call]
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def description() -> Any:
+        return described[0]
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not under_transform():
+            # Under torch.func its hooks for saved tensors are refused.
+            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
+        if kwargs:
+            raise TransformError(
+                "inside of a transform a rematerialized function takes its arguments by position"
+            )
+        if torch.compiler.is_compiling():
+            outputs = in_graph(*map(_plain_dicts, args))
+            return _rebuilt(description(), list(outputs))
+        _check_closure(function)
+        return recomputed(*args)
+
+    return run  # type: ignore[return-value]
+
+
+def _plain_dicts(tree: Any) -> Any:
+    if isinstance(tree, (FrozenDict, dict)):
+        return {key: _plain_dicts(child) for key, child in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(map(_plain_dicts, tree))
+    return tree
+
+
+def _described(tree: Any) -> tuple[Any, ...]:
+    if isinstance(tree, (FrozenDict, dict)):
+        return ("dict", tuple((key, _described(child)) for key, child in tree.items()))
+    if isinstance(tree, (tuple, list)):
+        return ("tuple", tuple(map(_described, tree)))
+    return ("tensor",)
+
+
+def _rebuilt(description: tuple[Any, ...], outputs: list[Tensor]) -> Any:
+    kind = description[0]
+    if kind == "dict":
+        return FrozenDict({key: _rebuilt(child, outputs) for key, child in description[1]})
+    if kind == "tuple":
+        return tuple([_rebuilt(child, outputs) for child in description[1]])
+    return outputs.pop(0)
+
+
+class _Replay:
+    """A function, and all that decides what it computes besides its arguments."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> None:
+        self._function = function
+        self._tracing = torch._guards.detect_fake_mode(tensors) is not None
+        self._device = tensors[0].device.type if tensors else "cpu"
+        self._autocast = (
+            torch.get_autocast_dtype(self._device)
+            if torch.is_autocast_enabled(self._device)
+            else None
+        )
+        generators = [] if self._tracing else random.generators()
+        self._generators = [(generator, generator.get_state()) for generator in generators]
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with _WithoutDraws() if self._tracing else nullcontext():  # type: ignore[no-untyped-call]
+            return self._function(*tensors)
+
+    def again(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same once more, with the same draws."""
+        now = [(generator, generator.get_state()) for generator, _ in self._generators]
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if self._autocast is not None:
+            autocast = torch.autocast(self._device, dtype=self._autocast)
+        try:
+            for generator, state in self._generators:
+                generator.set_state(state)
+            with autocast:
+                return self(*tensors)
+        finally:
+            for generator, state in now:
+                generator.set_state(state)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the arguments of a function, and differentiates it when asked to."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(replay: _Replay, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return replay(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.replay = inputs[0]
+        ctx.floating = [tensor.is_floating_point() for tensor in output]
+        ctx.mark_non_differentiable(*[t for t in output if not t.is_floating_point()])
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        varying = [i for i, tensor in enumerate(tensors) if tensor.is_floating_point()]
+
+        def of_varying(*values: Tensor) -> list[Tensor]:
+            given = list(tensors)
+            for i, value in zip(varying, values, strict=True):
+                given[i] = value
+            outputs = ctx.replay.again(*given)
+            return [output for output in outputs if output.is_floating_point()]
+
+        _, pull = torch.func.vjp(of_varying, *[tensors[i] for i in varying])[:2]
+        slopes = [grad for grad, out in zip(grads, ctx.floating, strict=True) if out]
+        back: list[Tensor | None] = [None] * len(tensors)
+        for i, slope in zip(varying, pull(slopes), strict=True):
+            back[i] = slope
+        return None, *back
+
+
+class _WithoutDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises when something is drawn."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in operation.tags:
+            raise TransformError(
+                f"a rematerialized function draws ({operation}) in a compiled step, which can't "
+                "draw the same again: draw outside of it and pass the numbers in, or compile the "
+                "step without rematerialize"
+            )
+        return operation(*args, **(kwargs or {}))
+
+
+def _check_closure(function: Any) -> None:
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+        for leaf in tree_leaves(cell.cell_contents):
+            if isinstance(leaf, Tensor) and torch._C._functorch.is_gradtrackingtensor(leaf):
+                raise TransformError(
+                    f"a rematerialized function uses {name!r}, which is being differentiated, "
+                    "without having it as an argument: its gradient would be missing. Pass it in"
+                )

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from puretrain.tree import under_transform
 
 __all__ = ["fold_in", "key", "scope", "split", "stream"]
 
+T = TypeVar("T")
 _Word = TypeVar("_Word", int, Tensor)
 
 _MASK = 0xFFFFFFFF
@@ -148,12 +150,14 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
     __slots__ = ("_before", "_seed")
 
     def __init__(self, key: Tensor) -> None:
-        self._seed = _seed(key)
+        self._before: list[tuple[torch.Generator, Tensor]] = []
+        self._seed = 0 if torch.compiler.is_compiling() and _seeded else _seed(key)
 
     def __enter__(self) -> None:
-        generators = _generators()
-        self._before = [(generator, generator.get_state()) for generator in generators]
-        for generator in generators:
+        if torch.compiler.is_compiling() and _seeded:
+            return
+        self._before = [(generator, generator.get_state()) for generator in generators()]
+        for generator, _ in self._before:
             generator.manual_seed(self._seed)
 
     def __exit__(
@@ -166,7 +170,29 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
             generator.set_state(state)
 
 
-def _generators() -> list[torch.Generator]:
+_seeded = False
+
+
+def is_seeded() -> bool:
+    """Whether a function that is being compiled is called by :func:`seeded`."""
+    return _seeded
+
+
+def seeded(function: Callable[..., T], *args: Any) -> T:
+    """Call a function that is being compiled, whose caller seeds torch's generators.
+
+    A graph can't seed them. So each :class:`scope` inside of the call leaves them as they are.
+    """
+    global _seeded  # noqa: PLW0603  # while a compiler traces it, this is a note of the compiler's
+    _seeded = True
+    try:
+        return function(*args)
+    finally:
+        _seeded = False
+
+
+def generators() -> list[torch.Generator]:
+    """The global generators of torch: the CPU's, and those of all CUDA devices if CUDA is used."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return [torch.default_generator, *torch.cuda.default_generators]
     return [torch.default_generator]

@@ -565,7 +565,7 @@ def test_what_cannot_be_transformed_says_so():
 @pytest.mark.parametrize(
     ("options", "donate", "message"),
     [
-        ({}, False, r"TransformError.*train_step\(\.\.\., draws=False\)"),
+        ({}, False, r"TransformError.*puretrain\.compiled.*train_step\(\.\.\., draws=False\)"),
         ({"draws": False}, True, "TransformError.*a state can't be donated inside a transform"),
         ({"draws": False, "nonfinite": "raise"}, False, "TransformError.*use 'skip'"),
     ],
