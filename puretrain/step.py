@@ -74,12 +74,16 @@ _AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 _FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
+def _no_metrics() -> FrozenDict[Any]:
+    return frozen_dict((), ())  # a compiler can't follow FrozenDict()
+
+
 class Aux(Record):
     """What a loss function returns besides the loss."""
 
     buffers: Any = None
     """The new buffers; None keeps the old ones."""
-    metrics: Any = field(default_factory=FrozenDict)
+    metrics: Any = field(default_factory=_no_metrics)
     """Metrics by name: tensors of shape ``()`` or metric records. No gradient flows from them."""
 
 
