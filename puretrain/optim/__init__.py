@@ -15,7 +15,8 @@ A *gradient transformation* is the same with new gradients in the place of new p
 
 They are put together by :func:`chain` (one after the other), :func:`masked` and
 :func:`multi_transform` (groups of parameters, by patterns of their paths), :func:`apply_every`
-(every k-th time) and :func:`inject_hyperparams` (hyper-parameters in the state, for sweeps and to
+(every k-th time), :func:`lookahead` (follow another one slowly) and :func:`inject_hyperparams`
+(hyper-parameters in the state, for sweeps and to
 change them; see :func:`get_hyperparams`, :func:`set_hyperparams`).
 
 A *schedule* is a function of the number of updates; it may stand for a learning rate:
@@ -52,6 +53,7 @@ from puretrain.optim.hyperparams import (
 )
 from puretrain.optim.lamb import LambState, lamb
 from puretrain.optim.lion import LionState, lion
+from puretrain.optim.lookahead import LookaheadState, lookahead
 from puretrain.optim.muon import MuonState, muon
 from puretrain.optim.rmsprop import RMSpropState, rmsprop
 from puretrain.optim.schedules import (
@@ -97,6 +99,7 @@ __all__ = [
     "InjectedState",
     "LambState",
     "LionState",
+    "LookaheadState",
     "Mask",
     "MuonState",
     "NAdamState",
@@ -128,6 +131,7 @@ __all__ = [
     "lamb",
     "linear",
     "lion",
+    "lookahead",
     "masked",
     "multi_step",
     "multi_transform",
