@@ -4,7 +4,7 @@ A run is a fold, ``state' = step(state, batch)``; :class:`TrainState` holds all 
 happens next.
 """
 
-from puretrain import errors, metrics, optim, random, replay, sharding, tree
+from puretrain import compose, errors, metrics, optim, random, replay, sharding, tree
 from puretrain.checkpoint import (
     convert,
     load,
@@ -57,6 +57,7 @@ __all__ = [
     "checkpoints",
     "command_line",
     "compiled",
+    "compose",
     "convert",
     "csv_log",
     "early_stopping",

@@ -219,6 +219,7 @@ def compiled(
     def report() -> CompilationReport:
         return CompilationReport(counts["calls"], tuple(graphs), 0, counts["eager"])
 
+    vars(run).pop("recipe", None)  # it would make the step without this
     run.report = report  # type: ignore[attr-defined]
     return cast(CompiledStep, run)
 
