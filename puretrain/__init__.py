@@ -17,6 +17,7 @@ from puretrain.checkpoint import (
 )
 from puretrain.compiled import compiled
 from puretrain.data import batches
+from puretrain.explain import explain, explanations
 from puretrain.functional import functional, load_into, rematerialize
 from puretrain.loop import Event, Interrupted, Reducer, Validation, evaluate, fit, predict, prepare
 from puretrain.observers import checkpoints, csv_log, jsonl_log, profiler, progress, tensorboard
@@ -65,6 +66,8 @@ __all__ = [
     "errors",
     "eval_step",
     "evaluate",
+    "explain",
+    "explanations",
     "field",
     "fit",
     "functional",

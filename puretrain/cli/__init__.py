@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from puretrain import __version__
-from puretrain.cli import checkpoints, conversion, replaying, training
+from puretrain.cli import checkpoints, conversion, explaining, replaying, training
 from puretrain.cli.output import one_line
 from puretrain.errors import PuretrainError
 
@@ -26,6 +26,7 @@ examples:
   puretrain lr-find train.py                  look for a learning rate
   puretrain inspect runs/digits               look at its newest checkpoint
   puretrain replay runs/digits                take its steps again, and compare them bit for bit
+  puretrain explain examples/digits.py        look into one step
 """
 
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"puretrain {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    rooms = (training, checkpoints, conversion, replaying)
+    rooms = (training, checkpoints, conversion, replaying, explaining)
     for command in [command for room in rooms for command in room.add_commands(commands)]:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
