@@ -16,14 +16,15 @@ from puretrain.checkpoint.file import (
     save,
     verify,
 )
-from puretrain.checkpoint.format import Entry, Index
-from puretrain.checkpoint.partial import Checkpoint, load_part, open_checkpoint
+from puretrain.checkpoint.format import Entry, Index, Piece
+from puretrain.checkpoint.partial import Checkpoint, load_part, open_checkpoint, read_slice
 
 __all__ = [
     "Checkpoint",
     "Entry",
     "Found",
     "Index",
+    "Piece",
     "convert",
     "find_checkpoint",
     "load",
@@ -31,6 +32,7 @@ __all__ = [
     "newest",
     "open_checkpoint",
     "read_index",
+    "read_slice",
     "save",
     "verify",
 ]

@@ -21,7 +21,7 @@ from puretrain.tree import path_string, tensor_bytes
 __all__ = [
     "CHUNK",
     "SHARED",
-    "check_digest",
+    "check_block",
     "coded",
     "digest",
     "fill",
@@ -197,14 +197,14 @@ def open_block(file: IO[bytes], index: Index, entry: Entry, path: Location) -> I
                 file, length = stack.enter_context(reading(place))
             except FileNotFoundError:
                 raise CheckpointError(
-                    f"{shown(path)}: {path_string(entry.keys)} is in a file that is not there: "
+                    f"{shown(path)}: {entry.label} is in a file that is not there: "
                     f"{name}. The directory {SHARED!r} belongs to the checkpoints beside it; "
                     "`puretrain convert` makes one that stands on its own"
                 ) from None
             if length != entry.stored_nbytes:
                 raise CheckpointError(
                     f"{name} is damaged: it has {length:,} bytes, and {shown(path)} expects "
-                    f"{entry.stored_nbytes:,}"
+                    f"{entry.stored_nbytes:,} for {entry.label}"
                 )
         file.seek(start)
         if not entry.coding:
@@ -212,7 +212,7 @@ def open_block(file: IO[bytes], index: Index, entry: Entry, path: Location) -> I
             return
         stored = bytearray(entry.coded_nbytes)
         fill(file, stored, name)
-        check_digest(
+        _check_digest(
             xxhash.xxh3_128_digest(stored), entry.coded_checksum, entry, name, start, len(stored)
         )
         yield _Inflated(bytes(stored), entry, name)  # type: ignore[misc]  # as much of a file as is used
@@ -230,12 +230,18 @@ def fill(file: IO[bytes], buffer: bytearray | memoryview, name: str) -> None:
         view = view[count:]
 
 
-def check_digest(
+def check_block(found: bytes, index: Index, entry: Entry, path: Location) -> None:
+    """Raise CheckpointError unless a checksum is that of a leaf, or of a piece of one."""
+    name = shown(shared_place(path, entry) if entry.shared else path)
+    start = 0 if entry.shared else index.data_offset + entry.offset
+    _check_digest(found, entry.checksum, entry, name, start, entry.stored_nbytes)
+
+
+def _check_digest(
     found: bytes, expected: bytes, entry: Entry, name: str, start: int, length: int
 ) -> None:
-    """Raise CheckpointError unless two checksums agree."""
     if found != expected:
         raise CheckpointError(
-            f"{name}: {path_string(entry.keys)} (bytes {start:,} to {start + length:,}) is "
-            "damaged: its checksum is wrong"
+            f"{name}: {entry.label} (bytes {start:,} to {start + length:,}) is damaged: its "
+            "checksum is wrong"
         )

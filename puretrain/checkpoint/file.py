@@ -22,7 +22,7 @@ from torch import Tensor
 from puretrain.checkpoint.blocks import (
     CHUNK,
     SHARED,
-    check_digest,
+    check_block,
     coded,
     digest,
     fill,
@@ -46,6 +46,7 @@ from puretrain.checkpoint.format import (
     placed,
     required,
 )
+from puretrain.checkpoint.pieces import read_range
 from puretrain.checkpoint.places import (
     Location,
     file_name,
@@ -72,9 +73,12 @@ __all__ = [
     "opened",
     "read_index",
     "read_leaf",
+    "read_range_of",
     "save",
     "verify",
     "write",
+    "write_apart",
+    "write_entries",
 ]
 
 MIN_SHARED = 1 << 16
@@ -161,20 +165,44 @@ def write(
     with reported(path, "written"):
         if unchanged:
             entries = _shared(path, entries, contents, unchanged)
+    return write_entries(path, entries, contents, metadata)
+
+
+def write_entries(
+    path: Location,
+    entries: list[Entry],
+    contents: Sequence[Content],
+    metadata: Mapping[str, Any],
+) -> Index:
+    """Write a file out of the entries of a tree; what is shared or in pieces is written already.
+
+    Args:
+        path: the file or URL.
+        entries: placed one after the other.
+        contents: what each has in the data.
+        metadata: further facts.
+
+    Returns:
+        The index that was written.
+    """
+    name = shown(path)
+    with reported(path, "written"):
         writer = _writer()
         if not is_url(path):
             with replacing(path) as file:
                 return _write_file(file, entries, contents, metadata, writer, name)
         # What is far away is written from the first byte to the last. The checksums in front need
         # a first pass over the leaves, and compressed leaves a file here.
-        if required(entries) - {"shared"}:
+        if "zstd" in required(entries):
             with replacing(path) as file, tempfile.TemporaryFile() as near:
                 index = _write_file(near, entries, contents, metadata, writer, name)
                 near.seek(0)
                 shutil.copyfileobj(near, file, CHUNK)
             return index
         entries = [
-            entry if content is None or entry.shared else entry.replace(checksum=digest(content))
+            entry.replace(checksum=digest(content))
+            if content is not None and entry.is_placed
+            else entry
             for entry, content in zip(entries, contents, strict=True)
         ]
         head, index = _head(entries, metadata, writer, name)
@@ -228,12 +256,20 @@ def _shared(
             if (checksum, entry.nbytes) in unchanged:
                 # Uncompressed: its length follows from the leaf, so that a cut one is found out.
                 entry = entry.replace(shared=True, offset=0, checksum=checksum, coding="")
-                _share(path, entry, content, there)
+                write_apart(path, entry, content, there)
         found.append(entry)
     return placed(found)
 
 
-def _share(path: Location, entry: Entry, content: Tensor | bytes, there: set[str]) -> None:
+def write_apart(path: Location, entry: Entry, content: Tensor | bytes, there: set[str]) -> None:
+    """Write the bytes of an entry to a file of its own in ``blocks/``, unless it is there.
+
+    Args:
+        path: the checkpoint beside which that directory is.
+        entry: a leaf or a piece of one, with its checksum; shared.
+        content: its bytes.
+        there: the names of the files in that directory; gets the new one.
+    """
     place = shared_place(path, entry)
     if entry.shared_name in there:
         with reading(place) as (_, length):
@@ -265,7 +301,7 @@ def _write_data(
     """Write the blocks one after the other; returns the entries with their checksums."""
     written, end = [], 0
     for entry, content in zip(entries, contents, strict=True):
-        if content is not None and not entry.shared:
+        if content is not None and entry.is_placed:
             file.write(bytes(aligned(end) - end))
             entry = write_block(file, entry.replace(offset=aligned(end)), content)
             end = entry.offset + entry.stored_nbytes
@@ -358,6 +394,37 @@ def read_leaf(file: IO[bytes], index: Index, number: int, path: Location) -> Any
     return _leaf(index.entries, number, contents)
 
 
+def read_range_of(
+    file: IO[bytes],
+    index: Index,
+    number: int,
+    path: Location,
+    dim: int,
+    start: int,
+    length: int,
+    *,
+    checksums: bool = True,
+) -> Tensor:
+    """Read a slice of a tensor of an open checkpoint; see :func:`puretrain.checkpoint.read_slice`.
+
+    Raises:
+        CheckpointError: the leaf is no tensor, or is damaged.
+        ConfigurationError: the tensor has no such slice.
+    """
+    entry = index.entries[_holder(index.entries, number)]
+    where = f"{shown(path)}: {path_string(index.entries[number].keys)}"
+    if entry.kind != "tensor":
+        raise CheckpointError(f"{where} is a {entry.kind}; only a tensor has slices")
+    if not 0 <= dim < len(entry.shape) or not 0 <= start <= start + length <= entry.shape[dim]:
+        raise ConfigurationError(
+            f"{where} has the shape {list(entry.shape)}, and no slice of {length} from {start} on "
+            f"along dimension {dim}"
+        )
+    with reported(path, "read"):
+        content = read_range(file, index, entry, path, dim, start, length, checksums=checksums)
+    return _finished(content, entry, shown(path))  # type: ignore[no-any-return]
+
+
 def _holder(entries: Sequence[Entry], number: int) -> int:
     tied_to = entries[number].tied_to
     return number if tied_to is None else tied_to
@@ -390,22 +457,21 @@ def _read_blocks(
             file.seek(position)
             _read_gap(file, position, start, name)
             position = start + entry.stored_nbytes
-        content, view = _memory_for(entry)
+        if entry.pieces and entry.dim is not None:
+            n = entry.shape[entry.dim]
+            content = read_range(file, index, entry, path, entry.dim, 0, n, checksums=checksums)
+            yield number, _finished(content, entry, name)
+            continue
         hasher = xxhash.xxh3_128()
         with open_block(file, index, entry, path) as source:
+            content, view = _memory_for(entry)
             for i in range(0, entry.nbytes, CHUNK):
                 fill(source, view[i : i + CHUNK], name)
                 if checksums:
                     hasher.update(view[i : i + CHUNK])
         if checksums:
-            _check(hasher.digest(), entry, index, path)
+            check_block(hasher.digest(), index, entry, path)
         yield number, _finished(content, entry, name)
-
-
-def _check(found: bytes, entry: Entry, index: Index, path: Location) -> None:
-    name = shown(shared_place(path, entry) if entry.shared else path)
-    start = 0 if entry.shared else index.data_offset + entry.offset
-    check_digest(found, entry.checksum, entry, name, start, entry.stored_nbytes)
 
 
 def _map_blocks(
@@ -427,7 +493,7 @@ def _map_blocks(
         if whole and entry.is_placed:
             _check_gap(view[position:start], position, name)
             position = start + entry.stored_nbytes
-        if entry.coding:
+        if entry.coding or entry.pieces:
             yield from _read_blocks(file, index, [number], path, whole=False, checksums=checksums)
             continue
         memory = mapped
@@ -439,7 +505,7 @@ def _map_blocks(
                 )
         block = memoryview(memory)[start : start + entry.nbytes]
         if checksums:
-            _check(xxhash.xxh3_128_digest(block), entry, index, path)
+            check_block(xxhash.xxh3_128_digest(block), index, entry, path)
         content: Any = block
         if entry.kind == "tensor":
             content = torch.empty(entry.shape if not entry.nbytes else 0, dtype=DTYPES[entry.dtype])
@@ -499,15 +565,23 @@ def verify(path: str | os.PathLike[str]) -> None:
                 file.seek(position)
                 _read_gap(file, position, start, name)
                 position = start + entry.stored_nbytes
-            hasher, decoder = xxhash.xxh3_128(), codecs.getincrementaldecoder("utf-8")()
-            with open_block(file, index, entry, path) as source:
-                for i in range(0, entry.nbytes, CHUNK):
-                    chunk = scratch[: min(entry.nbytes - i, CHUNK)]
-                    fill(source, chunk, name)
-                    hasher.update(chunk)
-                    if entry.kind == "str":
-                        _decode(decoder.decode, entry, name, chunk, i + len(chunk) == entry.nbytes)
-            _check(hasher.digest(), entry, index, path)
+            for block in entry.blocks:
+                _verify_block(file, index, block, path, scratch)
+
+
+def _verify_block(
+    file: IO[bytes], index: Index, block: Entry, path: Location, scratch: memoryview
+) -> None:
+    name = shown(path)
+    hasher, decoder = xxhash.xxh3_128(), codecs.getincrementaldecoder("utf-8")()
+    with open_block(file, index, block, path) as source:
+        for i in range(0, block.nbytes, CHUNK):
+            chunk = scratch[: min(block.nbytes - i, CHUNK)]
+            fill(source, chunk, name)
+            hasher.update(chunk)
+            if block.kind == "str":
+                _decode(decoder.decode, block, name, chunk, i + len(chunk) == block.nbytes)
+    check_block(hasher.digest(), index, block, path)
 
 
 def read_index(path: str | os.PathLike[str]) -> Index:

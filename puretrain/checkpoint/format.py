@@ -17,7 +17,7 @@ import xxhash
 from puretrain.errors import CheckpointError
 from puretrain.tree import FrozenDict, Record, field, path_string
 
-__all__ = ["DTYPES", "Entry", "Header", "Index"]
+__all__ = ["DTYPES", "Entry", "Header", "Index", "Piece"]
 
 VERSION = 1
 HEADER_LENGTH = 64
@@ -54,11 +54,24 @@ STORED = frozenset({"tensor", "str", "bytes"})
 """The kinds of entries whose content is bytes, in the data or in a file of its own."""
 EMPTY = frozenset({"none", "map", "list"})
 """The kinds of entries that are no leaves."""
-FEATURES = frozenset({"shared", "zstd"})
+FEATURES = frozenset({"pieces", "shared", "zstd"})
 """What an index may require of its reader; ``docs/checkpoint-format.md``."""
 # Zstandard makes 128 KiB of four bytes at best: no block can claim to hold more.
 MAX_EXPANSION = 1 << 15
 _VALUES: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int, bytes), "float": (float,)}
+
+
+class Piece(NamedTuple):
+    """A part of a tensor, between two places of one dimension, in a file of its own."""
+
+    start: int
+    """Where it begins along the dimension."""
+    length: int
+    """How long it is along the dimension, at least 1."""
+    nbytes: int
+    """How many bytes it has."""
+    checksum: bytes
+    """XXH3-128 of these bytes."""
 
 
 class Entry(Record):
@@ -74,7 +87,8 @@ class Entry(Record):
     shape: tuple[int, ...] = field(static=True, default=())
     """The shape of a tensor."""
     offset: int = field(static=True, default=0)
-    """Where its bytes begin, counted from the beginning of the data."""
+    """Where its bytes begin, counted from the beginning of the data; of a piece, where it begins
+    along its dimension."""
     nbytes: int = field(static=True, default=0)
     """How many bytes it has; none if it is tied or its value is in the index."""
     checksum: bytes = field(static=True, default=b"")
@@ -91,11 +105,41 @@ class Entry(Record):
     """With a coding: XXH3-128 of what is stored."""
     shared: bool = field(static=True, default=False)
     """Whether the bytes are in a file beside this one, which other checkpoints use as well."""
+    dim: int | None = field(static=True, default=None)
+    """The dimension along which the tensor is cut, if it is stored in pieces."""
+    pieces: tuple[Piece, ...] = field(static=True, default=())
+    """The pieces, in order; then there is no checksum of the whole."""
 
     @property
     def is_placed(self) -> bool:
         """Whether the bytes are in the data of this file."""
-        return self.kind in STORED and not self.shared
+        return self.kind in STORED and not self.shared and not self.pieces
+
+    @property
+    def blocks(self) -> tuple[Entry, ...]:
+        """What the bytes are read from: an entry for each piece, or this one."""
+        return tuple(map(self._piece, self.pieces)) if self.pieces else (self,)
+
+    def _piece(self, piece: Piece) -> Entry:
+        shape = list(self.shape)
+        shape[self.dim or 0] = piece.length
+        return self.replace(
+            shape=tuple(shape),
+            offset=piece.start,
+            nbytes=piece.nbytes,
+            checksum=piece.checksum,
+            shared=True,
+            pieces=(),
+        )
+
+    @property
+    def label(self) -> str:
+        """The path, for messages; of a piece also which part of the tensor it is."""
+        path = path_string(self.keys)
+        if self.dim is None or self.pieces:
+            return path
+        start, end = self.offset, self.offset + self.shape[self.dim]
+        return f"the piece of {path} from {start:,} to {end:,} along dimension {self.dim}"
 
     @property
     def stored_nbytes(self) -> int:
@@ -171,9 +215,13 @@ def placed(entries: Iterable[Entry]) -> list[Entry]:
 
 def required(entries: Iterable[Entry]) -> frozenset[str]:
     """The features of :data:`FEATURES` that entries use."""
-    found = {entry.coding for entry in entries} | {
-        "shared" if entry.shared else "" for entry in entries
-    }
+    found: set[str] = set()
+    for entry in entries:
+        found |= {
+            entry.coding,
+            "shared" if entry.shared else "",
+            "pieces" if entry.pieces else "",
+        }
     return frozenset(found - {""})
 
 
@@ -194,11 +242,15 @@ def encode_index(
     packed = []
     needed = required(entries)
     for entry in entries:
-        packed.append(_pack_entry(entry, wide=bool(needed - {"shared"})))
+        packed.append(_pack_entry(entry, wide="zstd" in needed))
         if len(packed[-1]) > MAX_ENTRY_LENGTH:
+            path = path_string(entry.keys)
+            reason = f"the path {path[:80]}… is too long"
+            if entry.pieces:
+                reason = f"{path[:80]} has too many pieces, {len(entry.pieces):,}"
             raise CheckpointError(
-                f"{name}: the path {path_string(entry.keys)[:80]}… is too long: its entry has "
-                f"{len(packed[-1]):,} bytes, of at most {MAX_ENTRY_LENGTH:,}"
+                f"{name}: {reason}: its entry has {len(packed[-1]):,} bytes, of at most "
+                f"{MAX_ENTRY_LENGTH:,}"
             )
     packed_metadata = _pack(_plain(metadata, ("metadata",), name))
     if len(packed_metadata) > MAX_METADATA_LENGTH:
@@ -244,7 +296,9 @@ def _entry_fields(entry: Entry) -> dict[str, Any]:
     fields: dict[str, Any] = {"path": entry.keys, "kind": entry.kind}
     if entry.kind == "tensor":
         fields |= {"dtype": entry.dtype, "shape": entry.shape}
-    if entry.kind in STORED:
+    if entry.pieces:
+        fields |= {"size": entry.nbytes, "dim": entry.dim, "pieces": [*map(list, entry.pieces)]}
+    elif entry.kind in STORED:
         checksum = entry.checksum or bytes(CHECKSUM_LENGTH)
         place = {"shared": True} if entry.shared else {"offset": entry.offset}
         fields |= {**place, "size": entry.nbytes, "xxh3": checksum}
@@ -552,10 +606,21 @@ def _decode_entry(fields: dict[str, Any], before: Sequence[Entry]) -> Entry:
         return Entry(keys, kind, held.dtype, held.shape, tied_to=target)
     if kind not in STORED:
         raise ValueError(f"{path_string(keys)} is of the kind {kind!r:.80}, which is not known")
+    if kind == "tensor":
+        return _decode_tensor(fields, keys, take)
     nbytes, checksum, extra = _decode_stored(fields, keys, take)
     offset = 0 if extra["shared"] else take("offset", int)
-    if kind != "tensor":
-        return Entry(keys, kind, kind, (), offset, nbytes, checksum, **extra)
+    return Entry(keys, kind, kind, (), offset, nbytes, checksum, **extra)
+
+
+def _decode_tensor(
+    fields: dict[str, Any], keys: tuple[str | int, ...], take: Callable[..., Any]
+) -> Entry:
+    nbytes, checksum, offset = take("size", int), b"", 0
+    extra: dict[str, Any] = {}
+    if "pieces" not in fields:
+        nbytes, checksum, extra = _decode_stored(fields, keys, take)
+        offset = 0 if extra["shared"] else take("offset", int)
     dtype, shape = take("dtype", str), tuple(take("shape", list))
     if dtype not in DTYPES:
         raise ValueError(f"{path_string(keys)} has the unknown dtype {dtype!r:.80}")
@@ -565,7 +630,41 @@ def _decode_entry(fields: dict[str, Any], before: Sequence[Entry]) -> Entry:
     # the strides of an empty tensor must not overflow either
     if math.prod(max(n, 1) for n in shape) * width >= 2**63 or nbytes != math.prod(shape) * width:
         raise ValueError(f"{path_string(keys)}: {dtype} of shape {shape} in {nbytes:,} bytes")
-    return Entry(keys, kind, dtype, shape, offset, nbytes, checksum, **extra)
+    if "pieces" in fields:
+        extra = _decode_pieces(fields, keys, shape, nbytes, take)
+    return Entry(keys, "tensor", dtype, shape, offset, nbytes, checksum, **extra)
+
+
+def _decode_pieces(
+    fields: dict[str, Any],
+    keys: tuple[str | int, ...],
+    shape: tuple[int, ...],
+    nbytes: int,
+    take: Callable[..., Any],
+) -> dict[str, Any]:
+    where = path_string(keys)
+    dim, found = take("dim", int), take("pieces", list)
+    others = sorted({"offset", "shared", "xxh3", "coding"} & fields.keys())
+    if others:
+        raise ValueError(f"{where} is in pieces and has {', '.join(others)} as well")
+    if not 0 <= dim < len(shape) or not nbytes:
+        raise ValueError(f"{where}: a tensor of shape {shape} can't be cut along dimension {dim}")
+    width, end, pieces = nbytes // shape[dim], 0, []
+    for number, piece in enumerate(found):
+        kinds = [type(part) for part in piece] if type(piece) is list else []
+        if kinds != [int, int, int, bytes] or len(piece[3]) != CHECKSUM_LENGTH:
+            raise ValueError(f"{where}: its piece {number} is {piece!r:.80}")
+        start, length, size, checksum = piece
+        if start != end or length < 1 or length > shape[dim] - start or size != length * width:
+            raise ValueError(
+                f"{where}: its piece {number} has {size:,} bytes and is {length:,} long from "
+                f"{start:,} on, where the piece before ends at {end:,} of {shape[dim]:,}"
+            )
+        pieces.append(Piece(start, length, size, checksum))
+        end += length
+    if end != shape[dim]:
+        raise ValueError(f"{where}: its pieces end at {end:,} of {shape[dim]:,}")
+    return {"dim": dim, "pieces": tuple(pieces)}
 
 
 def _decode_stored(
@@ -576,7 +675,7 @@ def _decode_stored(
     if "coding" in fields:
         extra |= {"coding": take("coding", str), "coded_nbytes": take("coded_size", int)}
         extra["coded_checksum"] = take("coded_xxh3", bytes)
-        if extra["coding"] not in FEATURES - {"shared"}:
+        if extra["coding"] != "zstd":
             raise ValueError(f"{path_string(keys)} has the coding {extra['coding']!r:.80}")
         if not 0 < nbytes <= extra["coded_nbytes"] * MAX_EXPANSION:
             raise ValueError(

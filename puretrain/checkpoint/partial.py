@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
-from puretrain.checkpoint.file import opened, read_leaf
+from puretrain.checkpoint.file import opened, read_leaf, read_range_of
 from puretrain.checkpoint.format import EMPTY, Entry, Index
 from puretrain.checkpoint.places import Location, shown
 from puretrain.errors import CheckpointError, PatternError
@@ -23,7 +23,7 @@ from puretrain.tree import (
     tree_unflatten,
 )
 
-__all__ = ["Checkpoint", "load_part", "open_checkpoint", "renamed"]
+__all__ = ["Checkpoint", "load_part", "open_checkpoint", "read_slice", "renamed"]
 
 T = TypeVar("T")
 _SHOWN = 6
@@ -62,10 +62,26 @@ class Checkpoint(Mapping[str, Any]):
         return self._index.entries[self._numbers[name]]
 
     def __getitem__(self, name: str) -> Any:
+        return read_leaf(self._file, self._index, self._number(name), self._path)
+
+    def slice(
+        self, name: str, dim: int, start: int, length: int, *, checksums: bool = True
+    ) -> Tensor:
+        """Read a slice of a tensor; see :func:`read_slice`.
+
+        Raises:
+            KeyError: there is no such leaf.
+        """
+        number = self._number(name)
+        return read_range_of(
+            self._file, self._index, number, self._path, dim, start, length, checksums=checksums
+        )
+
+    def _number(self, name: str) -> int:
         number = self._numbers[name]
         if self._open is None:
             raise CheckpointError(f"{shown(self._path)} was closed; open it again to read {name}")
-        return read_leaf(self._file, self._index, number, self._path)
+        return number
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -114,6 +130,46 @@ def open_checkpoint(path: Location) -> Checkpoint:
         >>> directory.cleanup()
     """
     return Checkpoint(path)
+
+
+def read_slice(
+    path: Location, leaf: str, dim: int, start: int, length: int, *, checksums: bool = True
+) -> Tensor:
+    """Read the elements of a tensor between two places of one dimension.
+
+    Of a tensor that is stored in pieces only those pieces are read that have such elements.
+
+    Args:
+        path: the file, or a URL that fsspec knows.
+        leaf: the path of the tensor in the tree, such as ``params/encoder.weight``.
+        dim: the dimension, from 0.
+        start: the first place along it.
+        length: how many.
+        checksums: compare what is read with its checksum. There is one for a piece, or for a
+            tensor that is not in pieces; so all of that is read (what is not asked for takes no
+            memory). False leaves the check out, and reads only the bytes of the slice if ``dim`` is
+            0, or all dimensions before it have length 1.
+
+    Returns:
+        ``tensor.narrow(dim, start, length)``, in memory of its own.
+
+    Raises:
+        CheckpointError: the file can't be read or is damaged, or has no such tensor.
+        ConfigurationError: the tensor has no such slice.
+
+    Example:
+        >>> import tempfile, torch, puretrain as pt
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> pt.save(f"{directory.name}/a.ckpt", {"w": torch.arange(6).reshape(3, 2)})
+        >>> read_slice(f"{directory.name}/a.ckpt", "w", dim=0, start=1, length=2)
+        tensor([[2, 3],
+                [4, 5]])
+        >>> directory.cleanup()
+    """
+    with open_checkpoint(path) as leaves:
+        if leaf not in leaves._numbers:
+            raise CheckpointError(f"{shown(path)} has no leaf {leaf}; it has {_some(list(leaves))}")
+        return leaves.slice(leaf, dim, start, length, checksums=checksums)
 
 
 def load_part(

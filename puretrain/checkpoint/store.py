@@ -42,10 +42,12 @@ __all__ = [
     "begin",
     "check",
     "collect",
+    "entry_path",
     "latest",
     "repair",
     "retained",
     "saved",
+    "settle",
 ]
 
 LATEST = "LATEST"
@@ -165,13 +167,31 @@ def add(
         CheckpointError: the entry can't be written; or it is, and ``LATEST`` or an old entry can't
             be changed.
     """
-    path = join(directory, f"step_{step:08}.ckpt")
+    path = entry_path(directory, step)
     before = [entry for entry in saved(directory) if entry.step < step] if share else []
     write(path, tree, metadata, compression=compression, unchanged=_blocks(before[-1:]))
+    settle(directory, retention, best)
+    return path
+
+
+def entry_path(directory: Location, step: int) -> str:
+    """The path of the entry of a step.
+
+    >>> entry_path("runs/a", 1234)
+    'runs/a/step_00001234.ckpt'
+    """
+    return join(directory, f"step_{step:08}.ckpt")
+
+
+def settle(directory: Location, retention: Retention, best: Collection[int] = ()) -> None:
+    """After an entry was written: let LATEST name it, and delete what need not be kept.
+
+    Raises:
+        CheckpointError: ``LATEST`` or an old entry can't be changed.
+    """
     with reported(directory, "written"):
         _point(directory, saved(directory))
         collect(directory, retention, best)
-    return path
 
 
 def _blocks(entries: Iterable[Saved]) -> set[tuple[bytes, int]]:
@@ -185,7 +205,7 @@ def _blocks(entries: Iterable[Saved]) -> set[tuple[bytes, int]]:
         found |= {
             (entry.checksum, entry.nbytes)
             for entry in index.entries
-            if entry.kind in STORED and entry.nbytes >= MIN_SHARED
+            if entry.kind in STORED and entry.nbytes >= MIN_SHARED and not entry.pieces
         }
     return found
 
@@ -282,7 +302,9 @@ def _unused_blocks(directory: Location) -> list[str]:
             index = read_index(join(directory, name))
         except CheckpointError:
             return []
-        used |= {entry.shared_name for entry in index.entries if entry.shared}
+        used |= {
+            block.shared_name for entry in index.entries for block in entry.blocks if block.shared
+        }
     return [name for name in blocks if name not in used]
 
 

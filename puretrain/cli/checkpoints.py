@@ -163,7 +163,7 @@ def _inspect(options: argparse.Namespace) -> int:
                 leaf["path"],
                 leaf["dtype"],
                 ",".join(map(str, leaf["shape"])) or format_number(leaf.get("value")),
-                "tied" if "tied_to" in leaf else format_bytes(leaf["bytes"]),
+                _size(leaf),
                 *(format_number(leaf.get(name)) for name in names),
             )
             for leaf in leaves
@@ -173,6 +173,21 @@ def _inspect(options: argparse.Namespace) -> int:
     count = "1 leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
     write(f"\n{count}, {total['elements']:,} elements, {format_bytes(total['bytes'])}")
     return 0
+
+
+def _size(leaf: Mapping[str, Any]) -> str:
+    """How much room a leaf takes, and in how many pieces of which dimension.
+
+    >>> _size({"bytes": 4096, "dim": 0, "pieces": [{}, {}]})
+    '4.1 kB in 2 pieces of dim 0'
+    """
+    if "tied_to" in leaf:
+        return "tied"
+    size = format_bytes(leaf["bytes"])
+    if "pieces" not in leaf:
+        return size
+    count = len(leaf["pieces"])
+    return f"{size} in {count} {'piece' if count == 1 else 'pieces'} of dim {leaf['dim']}"
 
 
 def _brief(value: Any) -> str:
@@ -199,6 +214,14 @@ def _describe(entry: Entry, index: Index) -> dict[str, Any]:
         "elements": math.prod(entry.shape) if entry.kind == "tensor" else 0,
         "bytes": entry.nbytes,
     }
+    if entry.pieces:
+        described["dim"] = entry.dim
+        described["pieces"] = [
+            {"start": part.start, "length": part.length, "bytes": part.nbytes, "file": name}
+            for part, name in zip(
+                entry.pieces, (block.shared_name for block in entry.blocks), strict=True
+            )
+        ]
     if entry.value is not None:
         described["value"] = entry.value
     if entry.tied_to is not None:
