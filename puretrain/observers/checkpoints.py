@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,20 @@ from puretrain.reducers import Best
 from puretrain.state import lease
 from puretrain.tree import tree_leaves
 
-__all__ = ["checkpoints"]
+__all__ = ["Ways", "checkpoints", "observer"]
+
+
+class Ways(NamedTuple):
+    """How a run writes to its directory; a run of several processes has ways of its own."""
+
+    begin: Callable[[str, int], list[store.Saved]] = store.begin
+    """Make the directory ready; as :func:`puretrain.checkpoint.store.begin`."""
+    add: Callable[..., Any] = store.add
+    """Save an entry and delete old ones; as :func:`puretrain.checkpoint.store.add`."""
+    agree: Callable[[bool], bool] | None = None
+    """Whether something holds in any of the processes; each must ask at the same events. Then
+    what depends on time is decided together, and the error of a save in the background is raised
+    at the next save or at the end, where all processes have it. None: there is one process."""
 
 
 def checkpoints(
@@ -101,6 +114,42 @@ def checkpoints(
         >>> pt.load(os.path.join(directory, "step_00000004.ckpt"), like=state).params["w"]
         tensor(4.)
     """
+    return observer(
+        Ways(),
+        directory,
+        every=every,
+        every_minutes=every_minutes,
+        every_epochs=every_epochs,
+        keep=keep,
+        keep_every=keep_every,
+        keep_hours=keep_hours,
+        asynchronous=asynchronous,
+        when_busy=when_busy,
+        on_error=on_error,
+        share=share,
+        compression=compression,
+        preemption_seconds=preemption_seconds,
+    )
+
+
+def observer(
+    ways: Ways,
+    directory: str | os.PathLike[str],
+    *,
+    every: int | None,
+    every_minutes: float | None,
+    every_epochs: int | None,
+    keep: int | None,
+    keep_every: int | None,
+    keep_hours: float | None,
+    asynchronous: bool,
+    when_busy: Literal["wait", "skip"],
+    on_error: Literal["raise", "warn"],
+    share: bool = False,
+    compression: Literal["zstd"] | None = None,
+    preemption_seconds: float | None = None,
+) -> Observer:
+    """What :func:`checkpoints` does, with other ways to write; see there for the arguments."""
     counts = {"every": every, "every_epochs": every_epochs, "keep": keep, "keep_every": keep_every}
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -126,6 +175,7 @@ def checkpoints(
     seconds = None if every_minutes is None else 60.0 * every_minutes
     retention = store.Retention(keep, keep_every, keep_hours)
     return _Checkpoints(
+        ways,
         plain(directory),
         _When(every, seconds, every_epochs),
         _How(retention, asynchronous, when_busy, on_error, share, compression),
@@ -157,11 +207,13 @@ class _Checkpoints:
 
     def __init__(
         self,
+        ways: Ways,
         directory: str,
         when: _When,
         how: _How,
         preemption_seconds: float | None,
     ) -> None:
+        self._ways = ways
         self._directory, self._when, self._how = directory, when, how
         self._saved: tuple[int, ...] | None = None  # what the last file holds
         self._since = time.monotonic()
@@ -176,7 +228,12 @@ class _Checkpoints:
 
     def __call__(self, state: Any, event: Event) -> None:
         kind = event.kind
-        self._tell_of_errors()
+        final = kind in ("interrupt", "fit_end")
+        if self._ways.agree is None:
+            self._tell_of_errors()
+        elif final:  # when a thread is done is not the same in all processes, but this is
+            self._writer.wait()
+            self._tell_of_errors()
         if kind == "fit_start":
             self._begin(state, event.step)
         if self._preemption is not None:
@@ -192,7 +249,6 @@ class _Checkpoints:
             return
         if kind in ("validation", "epoch_end"):
             self._metrics.update(scalars(event.metrics))
-        final = kind in ("interrupt", "fit_end")
         if due or (self._best and event.step in self._best_steps(state)):
             holds = (event.step, int(state.validated), int(state.cursor.epoch))
             # A step is saved once: what follows from its state at the end of an epoch follows again
@@ -200,9 +256,10 @@ class _Checkpoints:
             done = self._saved is not None and (
                 self._saved == holds if kind == "fit_end" else self._saved[0] == event.step
             )
-            if not done:
+            wait = final or not self._how.asynchronous
+            if not done and not self._is_left_out(wait):
                 self._saved, self._since = holds, time.monotonic()
-                self._save(state, event, wait=final or not self._how.asynchronous)
+                self._save(state, event, wait=wait)
         if final:
             self._writer.wait()
             self._tell_of_errors()
@@ -223,12 +280,26 @@ class _Checkpoints:
         every, seconds = self._when.steps, self._when.seconds
         if every is not None and not step % every:
             return True
-        return seconds is not None and time.monotonic() - self._since >= seconds
+        if seconds is None:
+            return False
+        due = time.monotonic() - self._since >= seconds
+        return due if self._ways.agree is None else self._ways.agree(due)
+
+    def _is_left_out(self, wait: bool) -> bool:
+        """Whether a save of several processes is left out, as one of them is busy with the last."""
+        agree = self._ways.agree
+        if agree is None:
+            return False
+        if self._how.when_busy == "skip" and not wait and agree(not self._writer.wait(0)):
+            return True
+        self._writer.wait()
+        self._tell_of_errors()
+        return False
 
     def _begin(self, state: Any, step: int) -> None:
         self._best = [name for name, memory in state.reducers.items() if isinstance(memory, Best)]
         self._saved, self._since = None, time.monotonic()
-        later = store.begin(self._directory, step)
+        later = self._ways.begin(self._directory, step)
         if later:
             warnings.warn(
                 f"{self._directory} had {len(later)} checkpoints of steps after {step}, where this "
@@ -267,7 +338,7 @@ class _Checkpoints:
 
         def run() -> None:
             with _beside(computed):
-                store.add(
+                self._ways.add(
                     self._directory,
                     event.step,
                     state,

@@ -5,12 +5,14 @@ A step stays the same function: what is divided is the batch (:func:`ddp`, :func
 by torchrun, or by ``puretrain fit --nproc``, and talk through ``torch.distributed``.
 """
 
+from puretrain.sharding.checkpoint import checkpoints, latest, load, save
 from puretrain.sharding.data_parallel import all_reduce, ddp, divide, dp, elastic, eval_across
 from puretrain.sharding.processes import agreement, device_of, everyone, on_rank_zero, processes
 
 __all__ = [
     "agreement",
     "all_reduce",
+    "checkpoints",
     "ddp",
     "device_of",
     "divide",
@@ -18,6 +20,9 @@ __all__ = [
     "elastic",
     "eval_across",
     "everyone",
+    "latest",
+    "load",
     "on_rank_zero",
     "processes",
+    "save",
 ]
