@@ -12,10 +12,12 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -274,6 +276,13 @@ def failures(directory):
         said.append(attempt({"few": state["few"], f"own {rank > 1}": 1}, PLACEMENTS, mesh))
         said.append(attempt({"few": state["few"][: 1 + (rank == 0)]}, PLACEMENTS, mesh))
         said.append(attempt({**state, "n": 4}, PLACEMENTS, mesh))
+        with pytest.raises(ConfigurationError, match="timeout is more than 0 seconds"):
+            sharded.save(path, state, PLACEMENTS, mesh, timeout=0)
+        with pytest.raises(ConfigurationError, match="is named"):
+            sharded.save(f"{directory}/a", {}, {}, mesh, timeout=TIMEOUT)
+        with pytest.raises(CheckpointError, match=r"few has the shape \[5, 3\] in the file"):
+            like = {**state, "few": torch.empty(2 if rank else 1, 3)}
+            sharded.load(path, like, PLACEMENTS, mesh, timeout=TIMEOUT)
         return said
 
     for said in zip(*together(directory, 1, 4, work), strict=True):
@@ -306,7 +315,7 @@ def kills(directory):
 
     def save(step, at=None, victim=None):
         def work(mesh):
-            state = local(tree | {"rows": tree["rows"] + step, "n": step}, PLACEMENTS, mesh)
+            state = local(tree_of(step), PLACEMENTS, mesh)
             calls, fsync = 0, os.fsync
 
             def counted(descriptor):
@@ -330,9 +339,13 @@ def kills(directory):
 
         return together(directory, 2, 2, work)
 
+    def tree_of(step):
+        return tree | {name: tree[name] + step for name in ("rows", "large")} | {"n": step}
+
     save(1)
     sizes = save(2)  # what is the same in the one before is there already
     assert all(isinstance(calls, int) for calls in sizes), sizes
+    assert min(sizes) >= 2, sizes  # there is something to be interrupted in each of them
     step = 2
     for victim in (0, 3):
         for at in range(1, sizes[victim] + 1):
@@ -346,13 +359,13 @@ def kills(directory):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # nothing damaged is passed over
                 got = pt.load(newest)
-            expected = tree | {"rows": tree["rows"] + got["n"], "n": got["n"]}
-            assert tree_digest(got) == tree_digest(expected)
+            assert tree_digest(got) == tree_digest(tree_of(got["n"]))
             for rank, one in enumerate(said):
                 assert rank == victim or re.search(f"process {victim} is gone", one), said
             if late:
                 os.unlink(newest)
     assert all(isinstance(calls, int) for calls in save(step + 1))
+    hangs(directory, step + 2)
     store.collect(directory, store.Retention(1))
     pt.verify(store.latest(directory))
     used = {
@@ -361,12 +374,181 @@ def kills(directory):
         for block in entry.blocks
         if block.shared
     }
-    store.begin(directory, step + 1)
+    store.begin(directory, step + 2)
     assert set(os.listdir(f"{directory}/blocks")) == used
+
+
+def hangs(directory, step):
+    """One process stops in the middle, for ever."""
+
+    def work(mesh):
+        rank, pid = dist.get_rank(), Path(directory, ".pid")
+        if rank == 3:
+            pid.write_text(str(os.getpid()))
+            os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGSTOP)
+        state = local(whole() | {"large": whole()["large"] + step}, PLACEMENTS, mesh)
+        path = store.entry_path(directory, step)
+        try:
+            sharded.save(path, state, PLACEMENTS, mesh, timeout=2.0)
+        except CheckpointError as error:
+            if rank == 0:
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+            return str(error)
+
+    *others, stopped = together(directory, 2, 2, work)
+    assert stopped == -signal.SIGKILL, stopped
+    for one in others:
+        assert re.search("process [03] is gone, or has not answered in 2 seconds", one), others
+    assert not os.path.exists(store.entry_path(directory, step))
 
 
 def test_a_process_killed_at_any_sync_leaves_the_last_checkpoint_whole(tmp_path):
     scenario("kills", tmp_path)
+
+
+# ── In a run ──────────────────────────────────────────────────────────────────────────────────────
+
+OPTIMIZER = pt.optim.adam(0.1)
+BATCHES = pt.batches(torch.arange(64.0), 4, shuffle=True, seed=0)
+RUN_PLACEMENTS = {
+    "params/w": Shard(0),
+    "opt_state/exp_avg/w": Shard(0),
+    "opt_state/exp_avg_sq/w": Shard(0),
+}
+
+
+def loss(params, buffers, batch, key):
+    # Each element of w has its own gradient, so that no shard needs another one.
+    return ((params["w"] - batch.mean()) ** 2).sum() + (params["b"] * batch).sum()
+
+
+def initial():
+    params = {"w": torch.arange(41_000.0).reshape(1025, 40), "b": torch.zeros(4)}
+    return pt.TrainState.create(params, None, OPTIMIZER, key=pt.random.key(0))
+
+
+def fitted(state, steps, observers=()):
+    step = pt.train_step(loss, OPTIMIZER)
+    return pt.fit(state, step, BATCHES, steps=steps, observers=observers)
+
+
+class Placed(NamedTuple):
+    """Placements in another form than a dict."""
+
+    found: dict
+
+    def of(self, path):
+        return self.found.get(path, Replicate())
+
+
+def runs(directory):
+    template = initial()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def observer(mesh, name, **options):
+        options = {"every": 5, "asynchronous": True, "timeout": TIMEOUT} | options
+        return sharded.checkpoints(f"{directory}/{name}", RUN_PLACEMENTS, mesh, **options)
+
+    def begin(mesh):
+        begun = local(template, RUN_PLACEMENTS, mesh)
+        fitted(begun, 22, [observer(mesh, "a", keep=2, keep_every=10)])
+        fitted(begun, 9, [observer(mesh, "minutes", every=None, every_minutes=1e-9)])
+        fitted(begun, 9, [observer(mesh, "skip", every=1, when_busy="skip", keep=None)])
+        return [store.latest(f"{directory}/a"), len(store.saved(f"{directory}/skip"))]
+
+    def go_on(mesh):
+        path = sharded.latest(f"{directory}/a", mesh)
+        like = local(template, RUN_PLACEMENTS, mesh)
+        state = sharded.load(path, like, Placed(RUN_PLACEMENTS), mesh, timeout=TIMEOUT)
+        fitted(state, 33, [observer(mesh, "a", keep=2, keep_every=10, asynchronous=False)])
+        return path
+
+    def fail(mesh):
+        """One process can't write for a while; what do the others say, and when?"""
+
+        def full(state, event):
+            if dist.get_rank() == 1 and event.kind == "step":
+                limit = 20_000 if 10 <= event.step < 14 else limits[0]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+
+        def late(state, event):
+            time.sleep(0.02 * dist.get_rank() if event.kind == "step" else 0)
+            while event.step in {9, 13} and any(
+                thread.name == "puretrain-checkpoints" for thread in threading.enumerate()
+            ):
+                time.sleep(0.01)
+
+        begun = local(template, RUN_PLACEMENTS, mesh)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fitted(begun, 20, [full, late, observer(mesh, "warned", on_error="warn")])
+        told = [str(one.message) for one in caught if "not saved" in str(one.message)]
+        seen = []
+        try:
+            look = lambda state, event: seen.append(event.step)  # noqa: E731
+            fitted(begun, 20, [look, full, late, observer(mesh, "raised")])
+        except CheckpointError as error:
+            told.append(str(error))
+        return [seen[-1], *told]
+
+    def die(mesh):
+        def kill(state, event):
+            if dist.get_rank() == 1 and event.step == 12:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        begun = local(template, RUN_PLACEMENTS, mesh)
+        with pytest.raises(CheckpointError, match="process 1 is gone"):
+            fitted(begun, 30, [kill, observer(mesh, "killed")])
+        return "raised"
+
+    print(json.dumps(together(directory, 2, 2, begin)))
+    print(json.dumps(together(directory, 1, 3, go_on)))
+    print(json.dumps(together(directory, 1, 3, fail)))
+    print(json.dumps(together(directory, 1, 3, die)))
+
+
+def test_a_run_saves_in_the_background_and_goes_on_in_other_numbers(tmp_path):
+    begun, gone_on, failed, killed = map(json.loads, scenario("runs", tmp_path).splitlines())
+    newest = str(tmp_path / "a" / "step_00000022.ckpt")
+    # how many were left out, as the loop does not wait, depends on the disk; but not on who asks
+    assert begun == [[newest, begun[0][1]]] * 4
+    assert 1 <= begun[0][1] <= 9
+    assert gone_on == [newest] * 3
+    assert [entry.step for entry in store.saved(tmp_path / "a")] == [10, 20, 30, 33]
+    for step in (10, 20, 33):  # of one process that holds all, without saving
+        expected = fitted(initial(), step)
+        got = pt.load(tmp_path / "a" / f"step_{step:08}.ckpt", like=expected)
+        # the loss of the first process is that of its own shards
+        different = {difference.path for difference in pt.tree.tree_diff(got, expected)}
+        assert different == {"metrics/loss", "epoch_metrics/loss/total"}
+    pt.verify(tmp_path / "a" / "step_00000030.ckpt")
+    assert [entry.step for entry in store.saved(tmp_path / "minutes")] == [7, 8, 9]
+    last = store.latest(tmp_path / "skip")
+    assert last.endswith("step_00000009.ckpt")
+    # no block is left that nobody needs
+    for name in ("a", "minutes", "skip"):
+        used = {
+            block.shared_name
+            for entry in store.saved(tmp_path / name)
+            for leaf in pt.read_index(entry.path).entries
+            for block in leaf.blocks
+            if block.shared
+        }
+        assert set(os.listdir(tmp_path / name / "blocks")) == used
+    # what failed at step 10 in process 1 is told by all, at the next save
+    for rank, (last_seen, *told) in enumerate(failed):
+        assert last_seen == 15
+        assert len(told) == 2
+        for message in told:
+            assert "can't be written: File too large" in message
+            assert ("in process 1: " in message) == (rank != 1)
+    assert [entry.step for entry in store.saved(tmp_path / "warned")] == [5, 15, 20]
+    assert [entry.step for entry in store.saved(tmp_path / "raised")] == [5]
+    assert killed == ["raised", -signal.SIGKILL, "raised"]
+    # it was killed while step 10 was being saved, or after; the one before is whole in any case
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Path(store.latest(tmp_path / "killed")).stem in {"step_00000005", "step_00000010"}
 
 
 if __name__ == "__main__":

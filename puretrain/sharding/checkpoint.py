@@ -18,14 +18,13 @@ import os
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgpack
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
 
 from puretrain.checkpoint import store
 from puretrain.checkpoint.blocks import SHARED, digest
@@ -52,12 +51,15 @@ from puretrain.tree import (
     tree_paths,
 )
 
+if TYPE_CHECKING:  # it takes half as long to import as torch
+    from torch.distributed.tensor import Placement
+
 __all__ = ["checkpoints", "latest", "load", "save"]
 
 T = TypeVar("T")
 _TIMEOUT = 1800.0
 # An entry of an index has room for some more.
-_MAX_PIECES = 1500
+_MAX_PIECES = 1400
 
 
 class Placements(Protocol):
@@ -70,6 +72,9 @@ class Placements(Protocol):
 
 def _dim_of(placements: Placements | Mapping[str, Placement], path: str, ndim: int) -> int | None:
     """Along which dimension a leaf is sharded; None if all processes hold it whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placement: Placement
     if isinstance(placements, Mapping):
         placement = placements.get(path, Replicate())
     else:
@@ -110,7 +115,8 @@ def save(
     """Save a state that several processes hold together; all of them call this.
 
     Whatever fails in one of the processes, and also if one is killed, an existing file stays as it
-    is, and every process that is left raises. Files in ``blocks/`` that are then of no use are
+    is, and every process that is left raises (if the first one is killed at the very end, the new
+    file may be there all the same). Files in ``blocks/`` that are then of no use are
     deleted by :func:`puretrain.checkpoint.store.collect`, as the observer :func:`checkpoints` does
     it.
 
