@@ -5,6 +5,7 @@ happens next.
 """
 
 from puretrain import compose, errors, metrics, optim, random, replay, sharding, tree
+from puretrain import errors, metrics, optim, random, replay, sharding, tree
 from puretrain.checkpoint import (
     convert,
     load,
