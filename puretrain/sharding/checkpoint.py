@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from puretrain.checkpoint import store
-from puretrain.checkpoint.blocks import SHARED, digest
+from puretrain.checkpoint.blocks import SHARED, digest, shared_place
 from puretrain.checkpoint.file import (
     MIN_SHARED,
     opened,
@@ -37,7 +37,7 @@ from puretrain.checkpoint.file import (
     write_entries,
 )
 from puretrain.checkpoint.format import DTYPES, Entry, Piece, placed
-from puretrain.checkpoint.places import join, names, parent, plain, reported, shown
+from puretrain.checkpoint.places import join, names, parent, plain, reading, reported, shown
 from puretrain.checkpoint.structure import Content, arrange, flatten
 from puretrain.errors import CheckpointError, ConfigurationError, PuretrainError
 from puretrain.loop import Observer
@@ -183,6 +183,7 @@ def _save(
 
     def write_file(told: list[dict[str, Any]]) -> None:
         entries, contents = _assembled(leaves, tied, told)
+        _check_seen(path, entries)
         write_entries(path, placed(entries), contents, metadata)
         after()
 
@@ -412,6 +413,24 @@ def _assembled(
         entries.append(entry)
         contents.append(content)
     return entries, contents
+
+
+def _check_seen(path: str | os.PathLike[str], entries: Sequence[Entry]) -> None:
+    """Raise CheckpointError unless the first process sees what the others have written."""
+    there = set(names(join(parent(path), SHARED)))
+    blocks = [block for entry in entries for block in entry.blocks if block.shared]
+    for block in blocks:
+        if block.shared_name in there:
+            continue
+        place = shared_place(path, block)
+        try:  # a network file system may list a directory as it was a while ago
+            with reading(place):
+                pass
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{shown(path)}: {block.label} was written to {shown(place)} by another process, "
+                "and is not there: save to a directory that all processes see"
+            ) from None
 
 
 def _joined(leaf: _Held, shards: Sequence[bytes]) -> bytes:
