@@ -13,6 +13,7 @@ from puretrain.checkpoint import (
     newest,
     open_checkpoint,
     read_index,
+    read_slice,
     save,
     verify,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "progress",
     "random",
     "read_index",
+    "read_slice",
     "reduce_on_plateau",
     "rematerialize",
     "replay",

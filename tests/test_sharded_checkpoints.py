@@ -238,7 +238,7 @@ def test_what_four_have_saved_any_number_loads_with_any_placements(tmp_path):
     for own in found["own"]:
         assert own < replicated + sharded_bytes / 4 + 50_000
     # a slice reads the pieces that it needs
-    assert torch.equal(pt.checkpoint.read_slice(path, "rows", 0, 250, 10), tree["rows"][250:260])
+    assert torch.equal(pt.read_slice(path, "rows", 0, 250, 10), tree["rows"][250:260])
 
 
 def at_a_url(directory):

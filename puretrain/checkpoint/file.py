@@ -405,7 +405,7 @@ def read_range_of(
     *,
     checksums: bool = True,
 ) -> Tensor:
-    """Read a slice of a tensor of an open checkpoint; see :func:`puretrain.checkpoint.read_slice`.
+    """Read a slice of a tensor of an open checkpoint; see :func:`puretrain.read_slice`.
 
     Raises:
         CheckpointError: the leaf is no tensor, or is damaged.

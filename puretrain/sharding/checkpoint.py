@@ -467,7 +467,7 @@ def load(
             sharded leaf the own shard. See :func:`puretrain.load`.
         placements: as for :func:`save`; those that the result is to have.
         mesh: all processes, with a dimension named ``shard``.
-        checksums: see :func:`puretrain.checkpoint.read_slice`. Where the shards of the file are not
+        checksums: see :func:`puretrain.read_slice`. Where the shards of the file are not
             those of the placements, a process reads more than it needs, to check it; False reads
             no more, unchecked.
         timeout: for how many seconds to wait for a process that does not answer.
