@@ -5,7 +5,6 @@ happens next.
 """
 
 from puretrain import compose, errors, metrics, optim, random, replay, sharding, tree
-from puretrain import errors, metrics, optim, random, replay, sharding, tree
 from puretrain.checkpoint import (
     convert,
     load,

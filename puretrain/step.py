@@ -280,7 +280,7 @@ def train_step(
         state: TrainState, batch: Any, key: Tensor | None, scale: LossScale | None, tracing: bool
     ) -> Gradients:
         if across is None:
-            return _evaluate(loss, state, batch, key, precision, scale, tracing)
+            return evaluate_loss(loss, state, batch, key, precision, scale, tracing)
         if tracing:
             raise TransformError(
                 "a step whose batches are divided (across=) can't be transformed: processes and "
@@ -290,7 +290,7 @@ def train_step(
         def evaluate(
             state: TrainState, batch: Any, key: Tensor | None, passage: Passage | None = None, /
         ) -> Gradients:
-            return _evaluate(loss, state, batch, key, precision, scale, False, passage)
+            return evaluate_loss(loss, state, batch, key, precision, scale, False, passage)
 
         return across(evaluate, state, batch, key)
 
@@ -333,7 +333,7 @@ def train_step(
                 lambda: state.replace(**counted, skipped=state.skipped + 1),
             )
 
-        return _hand_over(given, with_accumulator(given), following, donate, tracing)
+        return hand_over(given, with_accumulator(given), following, donate, tracing)
 
     def update(state: S, grads: Any, donate: bool, changes: dict[str, Any]) -> S:
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, donate=donate)
@@ -365,7 +365,7 @@ def train_step(
                 lambda: state,
             )
 
-        return _hand_over(state, with_accumulator(state), following, donate, tracing)
+        return hand_over(state, with_accumulator(state), following, donate, tracing)
 
     step.flush = flush  # type: ignore[attr-defined]
     step.recipe = Recipe(  # type: ignore[attr-defined]
@@ -458,7 +458,7 @@ def is_watched() -> bool:
 # ── Gradients ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _evaluate(
+def evaluate_loss(
     loss: Loss,
     state: TrainState,
     batch: Any,
@@ -791,7 +791,7 @@ def _mean(accumulator: Accumulator) -> Any:
 # ── Control flow ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _hand_over(
+def hand_over(
     given: S, state: S, following: Callable[[S, bool], S], donate: bool, tracing: bool
 ) -> S:
     """Compute the state that follows, in the memory of the given one if that is allowed.
