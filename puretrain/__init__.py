@@ -18,6 +18,18 @@ from puretrain.checkpoint import (
 )
 from puretrain.compiled import compiled
 from puretrain.data import batches
+from puretrain.ensemble import (
+    EnsembleState,
+    ensemble,
+    ensemble_eval_step,
+    ensemble_step,
+    mean_probabilities,
+    member,
+    per_member,
+    population,
+    ranking,
+    select_members,
+)
 from puretrain.explain import explain, explanations
 from puretrain.functional import functional, load_into, rematerialize
 from puretrain.loop import Event, Interrupted, Reducer, Validation, evaluate, fit, predict, prepare
@@ -44,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aux",
     "Cursor",
+    "EnsembleState",
     "Event",
     "FrozenDict",
     "Interrupted",
@@ -64,6 +77,9 @@ __all__ = [
     "csv_log",
     "early_stopping",
     "ema",
+    "ensemble",
+    "ensemble_eval_step",
+    "ensemble_step",
     "errors",
     "eval_step",
     "evaluate",
@@ -80,6 +96,8 @@ __all__ = [
     "load_part",
     "lr_find",
     "lr_monitor",
+    "mean_probabilities",
+    "member",
     "metrics",
     "nan_guard",
     "new_directory",
@@ -87,17 +105,21 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "optim",
+    "per_member",
+    "population",
     "predict",
     "prepare",
     "profiler",
     "progress",
     "random",
+    "ranking",
     "read_index",
     "read_slice",
     "reduce_on_plateau",
     "rematerialize",
     "replay",
     "save",
+    "select_members",
     "sharding",
     "swa",
     "tensorboard",

@@ -10,15 +10,18 @@ Keys live on the CPU: deriving one never waits for an accelerator.
 from __future__ import annotations
 
 import functools
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from puretrain.errors import ConfigurationError, StructureError
+from puretrain.errors import ConfigurationError, StructureError, TransformError
 from puretrain.tree import under_transform
 
 __all__ = ["fold_in", "key", "scope", "split", "stream"]
@@ -90,7 +93,23 @@ def step_key(key: Tensor, step: int) -> Tensor:
     return found if found._version == 0 else fold_in(key, step)
 
 
+def member_step_keys(keys: Tensor, step: int) -> Tensor:
+    """The same as ``fold_in(keys, step)`` for the keys of an ensemble, int64 of shape ``(N, 2)``.
+
+    As :func:`step_key` it computes the keys of some steps together, and remembers them.
+    """
+    words = tuple(keys.reshape(-1).tolist())
+    found = _member_block(words, step // _BLOCK)[step % _BLOCK]
+    return found if found._version == 0 else fold_in(keys, step)
+
+
 _BLOCK = 512
+
+
+@functools.lru_cache(maxsize=2)
+def _member_block(words: tuple[int, ...], number: int) -> tuple[Tensor, ...]:
+    steps = torch.arange(number * _BLOCK, (number + 1) * _BLOCK)
+    return fold_in(torch.tensor(words).reshape(1, -1, 2), steps.unsqueeze(1)).unbind()
 
 
 @functools.lru_cache(maxsize=4)
@@ -147,18 +166,25 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
     True
     """
 
-    __slots__ = ("_before", "_seed")
+    __slots__ = ("_before", "_key", "_members")
 
     def __init__(self, key: Tensor) -> None:
         self._before: list[tuple[torch.Generator, Tensor]] = []
-        self._seed = 0 if torch.compiler.is_compiling() and _seeded else _seed(key)
+        self._members: Any = None
+        if not (torch.compiler.is_compiling() and _seeded):
+            _check(key)
+        self._key = key
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling() and _seeded:
             return
+        seed = _seed(self._key)
+        drawing = getattr(_local, "drawing", None)
+        if drawing is not None:
+            self._members = drawing, drawing.enter(self._key)
         self._before = [(generator, generator.get_state()) for generator in generators()]
         for generator, _ in self._before:
-            generator.manual_seed(self._seed)
+            generator.manual_seed(seed)
 
     def __exit__(
         self,
@@ -168,6 +194,158 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
     ) -> None:
         for generator, state in self._before:
             generator.set_state(state)
+        if self._members is not None:
+            drawing, before = self._members
+            drawing.leave(before)
+
+
+# ── The members of an ensemble ────────────────────────────────────────────────────────────────────
+#
+# Under vmap all members draw from one generator, so what a member gets depends on the others. In a
+# scope of members each has a stream of its own, which begins where `scope` with its key would begin
+# it: below vmap, where the members are rows of one tensor, each drawing operation is done for one
+# member after the other.
+
+_local = threading.local()  # .drawing: the innermost scope of members of this thread
+
+
+class _Watch:
+    """Notes whether anything was drawn."""
+
+    drew = False
+
+    def enter(self, key: Tensor) -> None:
+        self.drew = True  # or is about to
+
+    def leave(self, before: None) -> None:
+        pass
+
+
+@contextmanager
+def watch() -> Iterator[_Watch]:
+    """Run a function of members as if it drew nothing, and say afterwards in ``drew`` if it did.
+
+    Torch's generators are as before at the end. It is much quicker than :func:`member_scope`.
+    """
+    found = _Watch()
+    there = generators()
+    before = [generator.get_state() for generator in there]
+    outer, _local.drawing = getattr(_local, "drawing", None), found
+    try:
+        yield found
+    finally:
+        _local.drawing = outer
+        for generator, state in zip(there, before, strict=True):
+            if not torch.equal(generator.get_state(), state):
+                found.drew = True
+                generator.set_state(state)
+
+
+@contextmanager
+def member_scope(keys: Tensor) -> Iterator[None]:
+    """Let each member of a ``vmap`` draw what ``scope`` with its own key would let it draw.
+
+    Args:
+        keys: of the members, int64 of shape ``(N, 2)``. The ``vmap`` inside is over N members,
+            with ``randomness='different'``.
+
+    Raises:
+        TransformError: (inside) an operation draws in a way that does not come apart by members.
+    """
+    _check(keys)
+    with scope(keys[0]):
+        drawing = _MemberDraws(keys)
+        outer, _local.drawing = getattr(_local, "drawing", None), drawing
+        try:
+            with drawing:
+                yield
+        finally:
+            _local.drawing = outer
+
+
+_States = list[list[Tensor]]
+"""For each member the states of the generators."""
+
+
+class _MemberDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Does each drawing operation for one member after the other, each from its own stream."""
+
+    def __init__(self, keys: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count = len(keys)
+        self._turn = 0  # of what vmap itself does member by member
+        self._states = self._started([_seed(key) for key in keys])
+
+    def enter(self, key: Tensor) -> _States:
+        """Begin the streams of a scope inside of the vmap; returns those before."""
+        before, inside = self._states, key
+        while torch._C._functorch.is_functorch_wrapped_tensor(inside):
+            inside = torch._C._functorch.get_unwrapped(inside)
+        rows = inside if inside.dim() > 1 else inside.expand(self._count, 2)
+        self._states = self._started([_seed(row) for row in rows.reshape(self._count, -1, 2)])
+        return before
+
+    def leave(self, before: _States) -> None:
+        self._states = before
+
+    def _started(self, seeds: Sequence[int]) -> _States:
+        there = generators()
+        held = [generator.get_state() for generator in there]
+        states = [[g.manual_seed(seed).get_state() for g in there] for seed in seeds]
+        for generator, state in zip(there, held, strict=True):
+            generator.set_state(state)
+        return states
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        draws = torch.Tag.nondeterministic_seeded in function.tags
+        if not draws or kwargs.get("generator") is not None:
+            return function(*args, **kwargs)
+        if function.overloadpacket is torch.ops.aten.randperm:
+            member, self._turn = self._turn, (self._turn + 1) % self._count
+            return self._as_member(member, function, args, kwargs)
+        parts = [
+            self._as_member(i, function, *self._part(i, function, args, kwargs))
+            for i in range(self._count)
+        ]
+        if function._schema.is_mutable:
+            return args[0]
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return torch.cat(parts)
+
+    def _as_member(self, member: int, function: Any, args: Any, kwargs: Any) -> Any:
+        there, states = generators(), self._states[member]
+        for generator, state in zip(there, states, strict=True):
+            generator.set_state(state)
+        result = function(*args, **kwargs)
+        self._states[member] = [generator.get_state() for generator in there]
+        return result
+
+    def _part(self, member: int, function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a member's own call: its rows, or a shape of so many rows."""
+
+        def rows(length: int) -> int:
+            if length % self._count:
+                raise TransformError(
+                    f"{function} draws a tensor of {length} rows, which do not come apart by the "
+                    f"{self._count} members; draw with torch.rand, torch.randn or dropout, or run "
+                    "the members one after the other (vectorize=False)"
+                )
+            return length // self._count
+
+        def own(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim():
+                each = rows(value.shape[0])
+                return value.narrow(0, member * each, each)
+            if name == "size":
+                return [rows(value[0]), *value[1:]]
+            return value
+
+        named = zip((a.name for a in function._schema.arguments), args, strict=False)
+        return [own(name, x) for name, x in named], {k: own(k, x) for k, x in kwargs.items()}
 
 
 _seeded = False

@@ -123,6 +123,11 @@ class TrainState(Record):
     reducers: FrozenDict[Any] = field(open=True)
     """What each reducer remembers, by the reducer's name."""
 
+    @property
+    def members(self) -> int | None:
+        """How many members an ensemble has (see :mod:`puretrain.ensemble`); None: a single run."""
+        return None
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed.
 

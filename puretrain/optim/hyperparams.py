@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from puretrain.errors import OptimizerError
 from puretrain.optim.base import GradientTransformation, Optimizer, check_number, schedule_value
+from puretrain.optim.members import Active, Together, together
 from puretrain.tree import FrozenDict, Path, Record, field, path_string
 
 __all__ = ["InjectedState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
@@ -137,8 +139,38 @@ def _injected(
         changes = {"count": state.count + 1, "hyperparams": FrozenDict(current), "inner": inner}
         return new, state.replace(**changes)
 
+    @functools.lru_cache(maxsize=1024)
+    def with_numbers(numbers: tuple[tuple[float, torch.dtype], ...]) -> Any:
+        pairs = zip(values, numbers, strict=True)
+        return with_values({name: torch.tensor(x, dtype=dtype) for name, (x, dtype) in pairs})
+
+    update.together = Together(  # type: ignore[attr-defined]
+        _update_together, (with_numbers, schedules)
+    )
     wrap = GradientTransformation if issubclass(kind, GradientTransformation) else Optimizer
     return wrap(init, update)
+
+
+def _update_together(
+    owns: Any, grads: Any, state: InjectedState, params: Any, active: Active
+) -> tuple[Any, InjectedState]:
+    current = dict(state.hyperparams)
+    for name in owns[0][1]:
+        pairs = zip(owns, state.count.unbind(), strict=True)
+        new = [_as_tensor(schedule_value(own[1][name], count)) for own, count in pairs]
+        current[name] = torch.where(_mask(active, state.count), torch.stack(new), current[name])
+    numbers = [[(x, row.dtype) for x in row.tolist()] for row in current.values()]
+    each = zip(*numbers, strict=True)
+    parts = [with_numbers(tuple(own)) for (with_numbers, _), own in zip(owns, each, strict=True)]
+    params, inner = together(parts, grads, state.inner, params, active)
+    state.count[list(active)] += 1
+    return params, state.replace(hyperparams=FrozenDict(current), inner=inner)
+
+
+def _mask(active: Active, like: Tensor) -> Tensor:
+    mask = torch.zeros(len(like), dtype=torch.bool)
+    mask[list(active)] = True
+    return mask
 
 
 def _is_real(value: Any) -> bool:

@@ -100,4 +100,5 @@ def lamb(
         vectors={"step": 0.0},
         scalars=scalars,
         maximize=maximize,
+        elementwise=False,  # it takes norms of leaves
     )

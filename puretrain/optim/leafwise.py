@@ -20,6 +20,7 @@ from torch import Tensor
 
 from puretrain.errors import OptimizerError, StructureError
 from puretrain.optim.base import Optimizer, plain_value, schedule_value
+from puretrain.optim.members import Active, Together, neighbours, runs
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -29,6 +30,7 @@ from puretrain.tree import (
     tree_flatten,
     tree_flatten_up_to,
     tree_leaves,
+    tree_map,
     tree_paths,
     tree_structure,
     tree_unflatten,
@@ -120,6 +122,7 @@ def leafwise(
     beside_leaves: bool = False,
     maximize: bool = False,
     check: Callable[[list[str], Column], None] | None = None,
+    elementwise: bool = True,
 ) -> Optimizer:
     """Make an optimizer out of a formula.
 
@@ -140,9 +143,12 @@ def leafwise(
         beside_leaves: whether it reads the vectors on the GPU where the leaves are.
         maximize: climb instead of descending.
         check: a further check of the leaves and their paths; raises.
+        elementwise: whether each element is updated by itself, so that the leaves of several
+            members can be taken as one.
     """
     values = {k: float(v) if isinstance(v, numbers.Real) else v for k, v in hyperparameters.items()}
     present = {"count", *slots, *(vectors or {})}
+    changing = tuple(k for k, v in values.items() if not isinstance(v, float))
     method = _Method(
         name,
         state_type,
@@ -159,9 +165,13 @@ def leafwise(
         maximize,
         check,
         tuple(field for field in state_type._names if field not in present),
-        tuple(k for k, v in values.items() if not isinstance(v, float)),
+        changing,
+        elementwise,
+        None if changing else Values(values),
     )
-    return Optimizer(functools.partial(_init, method), functools.partial(_update, method))
+    update = functools.partial(_update, method)
+    update.together = Together(_update_together, method)  # type: ignore[attr-defined]
+    return Optimizer(functools.partial(_init, method), update)
 
 
 class _Method(NamedTuple):
@@ -189,6 +199,9 @@ class _Method(NamedTuple):
     """The fields of the state that are None."""
     changing: tuple[str, ...]
     """The hyper-parameters that are schedules or tensors."""
+    elementwise: bool
+    fixed: Values | None
+    """The hyper-parameters, if all of them are numbers."""
 
 
 def _init(method: _Method, params: Any, /) -> Any:
@@ -269,6 +282,128 @@ def _update(
     if not transformed:
         _remember(method, new_state, new_params, leaves, columns, known)
     return new_params, new_state
+
+
+# ── Members of an ensemble ────────────────────────────────────────────────────────────────────────
+
+
+def _update_together(
+    methods: Sequence[_Method], grads: Any, state: Any, params: Any, active: Active
+) -> tuple[Any, Any]:
+    """Update members in place, those with equal hyper-parameters and counts by one kernel call."""
+    first = methods[0]
+    leaves, structure = tree_flatten(params)
+    try:
+        gradients = tree_flatten_up_to(structure, grads)
+        columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in first.slots]
+        rows = {vector: getattr(state, vector) for vector in first.vectors}
+        fits = _fit_together(methods, state, leaves, gradients, columns, rows)
+    except (AttributeError, StructureError):
+        fits = False  # what does not fit is found out below
+    if not fits:
+        member = functools.partial(tree_map, lambda leaf: leaf[0])
+        raise _misfit(first, *map(member, (grads, state, params)))
+    there = [i for i, grad in enumerate(gradients) if grad is not None]
+    counts = state.count.tolist()
+    kept = {vector: row.tolist() for vector, row in rows.items()}
+    groups: dict[Any, list[int]] = {}
+    for i in active:
+        alike = (id(methods[i]), counts[i], *(tuple(row[i]) for row in kept.values()))
+        groups.setdefault(alike, []).append(i)
+    whole = [first.elementwise and _rounds_alike(leaf) for leaf in leaves]
+    split = _Split([leaves, *columns], state.__dict__.get("_split"))
+    for group in groups.values():
+        method, a_member = methods[group[0]], group[0]
+        pieces = runs(group)
+        places = [i for i in there for _ in (pieces if whole[i] else group)]
+        entries: list[Column] = []
+        for k, column in enumerate((gradients, leaves, *columns)):
+            own: Column = []
+            for i in there:
+                if whole[i]:
+                    own += neighbours(cast(Tensor, column[i]), pieces)
+                else:
+                    own += split.rows(k - 1, i, cast(Tensor, column[i]), group)
+            entries.append(own)
+        part = {
+            vector: torch.tensor([row[a_member][i] for i in places], dtype=rows[vector].dtype).to(
+                rows[vector].device
+            )
+            for vector, row in kept.items()
+        }
+        h = method.fixed or _now(method, state.count[a_member])
+        grad, param, *slots = entries
+        _in_place(method, cast("list[Tensor | None]", grad), param, slots, part, h)
+        for vector, row in kept.items():
+            new = dict(zip(places, part[vector].tolist(), strict=True))
+            for i in group:
+                row[i] = [new.get(place, before) for place, before in enumerate(row[i])]
+    for vector, row in rows.items():
+        row.copy_(torch.tensor(kept[vector], dtype=row.dtype))
+    if len(active) == len(methods):
+        state.count.add_(_ONE)
+    else:
+        state.count[list(active)] += 1
+    # In new containers, so that those given up can be told from them
+    trees = [tree_unflatten(structure, column) for column in columns]
+    new_state = state.replace(**dict(zip(first.slots, trees, strict=True)))
+    new_state.__dict__["_split"] = split
+    return tree_unflatten(structure, leaves), new_state
+
+
+class _Split:
+    """The rows of stacked leaves, as views. Those of leaves that stay the same are remembered."""
+
+    def __init__(self, columns: list[Column], before: _Split | None) -> None:
+        self._columns = columns
+        self._rows: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        if before is not None:
+            for (k, i), rows in before._rows.items():
+                if k >= 0 and i < len(columns[k]) and before._columns[k][i] is columns[k][i]:
+                    self._rows[k, i] = rows
+
+    def rows(self, column: int, place: int, leaf: Tensor, members: Sequence[int]) -> Sequence[Any]:
+        """The rows of some members in a leaf of a column; -1 is that of the gradients."""
+        found = self._rows.get((column, place))
+        if found is None:
+            found = self._rows[column, place] = leaf.unbind()
+        return found if len(members) == len(found) else [found[i] for i in members]
+
+
+def _rounds_alike(leaf: Tensor) -> bool:
+    """Whether a kernel gives the same bits for the rows together as for each by itself.
+
+    It works on pieces of 64 bytes, and computes what is left at the end of a tensor otherwise,
+    which rounds otherwise. So the rows must not have such ends.
+    """
+    return leaf.is_contiguous() and leaf.stride(0) * leaf.element_size() % 64 == 0
+
+
+def _now(method: _Method, count: Tensor) -> Values:
+    """The hyper-parameters after so many updates."""
+    h = Values(method.hyperparameters)
+    for k in method.changing:
+        h[k] = plain_value(method.name, k, schedule_value(method.hyperparameters[k], count))
+    return h
+
+
+def _fit_together(
+    methods: Sequence[_Method],
+    state: Any,
+    leaves: Column,
+    gradients: list[Tensor | None],
+    columns: list[Column],
+    rows: Mapping[str, Tensor],
+) -> bool:
+    first, members = methods[0], len(methods)
+    kinds = {(method.state_type, *method.slots, *method.vectors) for method in methods}
+    return (
+        len(kinds) == 1
+        and state.count.shape == (members,)
+        and all(leaf.dim() and len(leaf) == members for leaf in leaves)
+        and all(row.shape == (members, len(leaves)) for row in rows.values())
+        and _fit(first, state, leaves, gradients, columns, {})
+    )
 
 
 class _Known(NamedTuple):

@@ -22,6 +22,7 @@ from puretrain.optim.base import (
     plain_value,
     schedule_value,
 )
+from puretrain.optim.members import Active, Together, together
 from puretrain.tree import (
     FrozenDict,
     Path,
@@ -134,7 +135,18 @@ def chain(*parts: Optimizer | GradientTransformation) -> Any:
             states.append(part_state)
         return grads, tuple(states)
 
+    update.together = Together(_chain_together, parts)  # type: ignore[attr-defined]
     return (Optimizer if isinstance(parts[-1], Optimizer) else GradientTransformation)(init, update)
+
+
+def _chain_together(
+    chains: Any, grads: Any, states: Any, params: Any, active: Active
+) -> tuple[Any, tuple[Any, ...]]:
+    new = []
+    for parts, state in zip(zip(*chains, strict=True), states, strict=True):
+        grads, state = together(parts, grads, state, params, active)
+        new.append(state)
+    return grads, tuple(new)
 
 
 def masked(part: Any, mask: Mask) -> Any:
@@ -485,7 +497,31 @@ def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> GradientTransfor
         factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
         return _multiplied(grads, factor, donate)
 
-    return _elementwise("clip_by_global_norm", "max_norm", clip, max_norm)
+    made = _elementwise("clip_by_global_norm", "max_norm", clip, max_norm)
+    if isinstance(max_norm, Tensor) or not callable(max_norm):
+        made.update.together = Together(_clip_together, max_norm)  # type: ignore[attr-defined]
+    return made
+
+
+def _clip_together(
+    limits: Any, grads: Any, state: Any, params: Any, active: Active
+) -> tuple[Any, Any]:
+    column = _aligned("clip_by_global_norm", tree_structure(params), grads)
+    there = [x for x in column if x is not None]
+    if not there:
+        return grads, state
+    # The norm of each member's rows by itself: a sum along an axis has another order of its terms
+    rows = [list(x) for x in zip(*(x.unbind() for x in there), strict=True)]
+    norms = torch.stack([_norm(row) for row in rows])
+    plain = [plain_value("clip_by_global_norm", "max_norm", limit) for limit in limits]
+    if len(set(plain)) == 1:
+        factor = torch.clamp(plain[0] / (norms + 1e-6), max=1.0)
+    else:  # a number divided by a tensor, as for one member, which rounds otherwise than a tensor
+        pairs = zip(plain, norms.unbind(), strict=True)
+        factor = torch.stack([torch.clamp(x / (norm + 1e-6), max=1.0) for x, norm in pairs])
+    for x in there:
+        x.mul_(factor.reshape(-1, *[1] * (x.dim() - 1)))
+    return grads, state
 
 
 def clip_by_value(max_value: float | Tensor | Schedule) -> GradientTransformation:
