@@ -90,6 +90,8 @@ def functional(module: nn.Module) -> Functional:
 
     Raises:
         StructureError: the module has parameters without a shape yet (lazy modules).
+        TransformError: (``apply``) it is under ``vmap``, and a layer in the module has no rule for
+            it: ``nn.RNN``, ``nn.GRU``, ``nn.LSTM`` and ``nn.LSTMCell``.
 
     Example:
         >>> apply, params, buffers = functional(nn.BatchNorm1d(2))
@@ -108,6 +110,11 @@ def functional(module: nn.Module) -> Functional:
         (params if trained else buffers)[slot.path] = tensor.detach()
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     recurrent = [submodule for submodule in module.modules() if isinstance(submodule, nn.RNNBase)]
+    without_rule = [
+        (name, type(submodule).__name__)
+        for name, submodule in module.named_modules()
+        if isinstance(submodule, (nn.RNNBase, nn.LSTMCell))
+    ]
     names = frozenset(slot.path for slot in slots)
     changing = [slot.path for slot in slots if slot.mutable]
 
@@ -126,6 +133,13 @@ def functional(module: nn.Module) -> Functional:
         given = _plain(buffers) | _plain(params)
         if given.keys() != names:
             _raise_mismatch(type(module).__name__, names, given)
+        if without_rule and any(map(_is_batched, (*given.values(), *args))):
+            path, kind = without_rule[0]
+            raise TransformError(
+                f"{path or 'the module'} is an nn.{kind}, which torch has no vmap rule for; run "
+                "the members of an ensemble one after the other with "
+                "ensemble_step(…, vectorize=False), or write the layer in plain operations"
+            )
         for path in changing:
             given[path] = given[path].clone()
         changed = _set_modes(modes, train)
@@ -142,6 +156,10 @@ def functional(module: nn.Module) -> Functional:
         return output, frozen_dict(kept, [given[name] for name in kept])
 
     return Functional(apply, FrozenDict(params), FrozenDict(buffers))
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def _find_slots(module: nn.Module) -> Iterator[_Slot]:

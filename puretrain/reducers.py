@@ -720,7 +720,8 @@ def _number(name: str, monitor: str, metric: Any) -> float:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ConfigurationError(
             f"the reducer {name!r} monitors {monitor!r}, which is no single number but of shape "
-            f"{tuple(value.shape)}"
+            f"{tuple(value.shape)}; of an ensemble, let each member be looked at by itself: "
+            "puretrain.per_member(reducer)"
         )
     return float(value)
 

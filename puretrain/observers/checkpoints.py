@@ -19,7 +19,7 @@ from puretrain.checkpoint.writer import Job, Writer
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.loop import Event, Observer
 from puretrain.observers.preemption import Preemption
-from puretrain.observers.scalars import scalars
+from puretrain.observers.scalars import by_member, scalars
 from puretrain.reducers import Best
 from puretrain.state import lease
 from puretrain.tree import tree_leaves
@@ -248,7 +248,7 @@ class _Checkpoints:
         else:
             return
         if kind in ("validation", "epoch_end"):
-            self._metrics.update(scalars(event.metrics))
+            self._metrics.update(scalars(by_member(state, event.metrics)))
         if due or (self._best and event.step in self._best_steps(state)):
             holds = (event.step, int(state.validated), int(state.cursor.epoch))
             # A step is saved once: what follows from its state at the end of an epoch follows again
@@ -330,7 +330,7 @@ class _Checkpoints:
             "step": event.step,
             "epoch": event.epoch,
             "event": event.kind,
-            "metrics": {**scalars(state.metrics), **self._metrics},
+            "metrics": {**scalars(by_member(state, state.metrics)), **self._metrics},
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": [str(word) for word in sys.argv],
         }

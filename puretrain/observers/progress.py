@@ -10,7 +10,8 @@ from typing import IO, Any
 
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Observer
-from puretrain.observers.scalars import scalars, step_metrics
+from puretrain.metrics import compute_all
+from puretrain.observers.scalars import scalars, spread
 
 __all__ = ["progress"]
 
@@ -34,7 +35,9 @@ def progress(
     epoch, an interrupt, and the end. What else is printed appears above the bar. Colour is left out
     if the environment variable ``NO_COLOR`` is set.
 
-    Metrics are fetched from the device only when they are shown.
+    Metrics are fetched from the device only when they are shown. Those of an ensemble are shown as
+    the mean over its members ± the standard deviation; with ``!`` and a number behind it, so many
+    members have a value that is not finite and left out.
 
     Args:
         enabled: False shows nothing.
@@ -108,8 +111,7 @@ class _Progress:
         self._samples.append((now, event.step))
         while now - self._samples[0][0] > _WINDOW and len(self._samples) > 2:
             self._samples.popleft()
-        found = scalars(_chosen(step_metrics(state, event), self._names))
-        values, pace = _written(found), self._pace(event)
+        values, pace = _written(state, _chosen(state.metrics, self._names)), self._pace(event)
         if self._bar:
             self._draw(event, pace, values)
         elif pace:
@@ -142,7 +144,7 @@ class _Progress:
     def _tell(self, state: Any, event: Event) -> None:
         self._start()
         now, kind, step = time.monotonic(), event.kind, event.step
-        values = _written(scalars(event.metrics))
+        values = _written(state, event.metrics)
         if kind == "fit_start":
             self._began = self._epoch_began = now
             if step:
@@ -233,11 +235,20 @@ def _chosen(metrics: Mapping[str, Any], names: list[str] | None) -> Mapping[str,
     return metrics if names is None else {name: metrics[name] for name in names if name in metrics}
 
 
-def _written(values: Mapping[str, float | int | bool]) -> list[str]:
-    return [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in values.items()
-    ]
+def _written(state: Any, metrics: Mapping[str, Any]) -> list[str]:
+    found = compute_all(metrics)
+    members = {name for name, x in found.items() if x.shape == (state.members,)}
+    one = scalars({name: value for name, value in found.items() if name not in members})
+    written = []
+    for name, metric in found.items():
+        if name in members:
+            mean, deviation, bad = spread(metric)
+            written.append(f"{name} {mean:.4g}±{deviation:.2g}" + (f"!{bad}" if bad else ""))
+        elif name in one:
+            value = one[name]
+            shown = f"{value:.4g}" if isinstance(value, float) else f"{value}"
+            written.append(f"{name} {shown}")
+    return written
 
 
 def _three_digits(value: float) -> str:

@@ -36,8 +36,10 @@ def tensorboard(
 
     All points are over the number of steps: metrics of the step (with what reducers such as
     :func:`puretrain.reducers.lr_monitor` add), of validations and the means of epochs, under their
-    own names. What is written is in the file at once. After a resume, TensorBoard drops the points
-    beyond the state, and those at its step are not written twice.
+    own names. A metric of an ensemble is written as ``loss/mean`` and ``loss/std``, over the
+    members whose value is finite, and as ``loss/0``, …, of each member. What is written is in the
+    file at once. After a resume, TensorBoard drops the points beyond the state, and those at its
+    step are not written twice.
 
     Args:
         directory: where the event files go; made if needed.
