@@ -20,7 +20,7 @@ from torch import Tensor
 
 from puretrain.errors import OptimizerError, StructureError
 from puretrain.optim.base import Optimizer, plain_value, schedule_value
-from puretrain.optim.members import Active, Together, neighbours, runs
+from puretrain.optim.members import Active, Together, runs
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -310,34 +310,33 @@ def _update_together(
     for i in active:
         alike = (id(methods[i]), counts[i], *(tuple(row[i]) for row in kept.values()))
         groups.setdefault(alike, []).append(i)
-    whole = [first.elementwise and _rounds_alike(leaf) for leaf in leaves]
-    split = _Split([leaves, *columns], state.__dict__.get("_split"))
+    split = _split(first, [leaves, *columns], there, state.__dict__.get("_split"))
+    slices: list[Any] = gradients
+    if len(groups) > 1:  # each is needed by each member alone
+        slices = [None if grad is None else grad.unbind() for grad in gradients]
     for group in groups.values():
         method, a_member = methods[group[0]], group[0]
-        pieces = runs(group)
-        places = [i for i in there for _ in (pieces if whole[i] else group)]
-        entries: list[Column] = []
-        for k, column in enumerate((gradients, leaves, *columns)):
-            own: Column = []
-            for i in there:
-                if whole[i]:
-                    own += neighbours(cast(Tensor, column[i]), pieces)
-                else:
-                    own += split.rows(k - 1, i, cast(Tensor, column[i]), group)
-            entries.append(own)
+        entries = split.entries(tuple(group))
+        slopes = split.of(slices if len(group) == 1 else gradients, group)
         part = {
-            vector: torch.tensor([row[a_member][i] for i in places], dtype=rows[vector].dtype).to(
-                rows[vector].device
-            )
+            vector: torch.tensor(
+                [row[a_member][i] for i in entries.places], dtype=rows[vector].dtype
+            ).to(rows[vector].device)
             for vector, row in kept.items()
         }
         h = method.fixed or _now(method, state.count[a_member])
-        grad, param, *slots = entries
-        _in_place(method, cast("list[Tensor | None]", grad), param, slots, part, h)
+        param, *slots = entries.columns
+        if entries.direct and all(map(Tensor.is_contiguous, slopes)):
+            if "step" in part:
+                part["step"].add_(_ONE)
+            cast(Kernel, method.fused_kernel)(param, slopes, slots, part, h)
+        else:
+            _in_place(method, cast("list[Tensor | None]", slopes), param, slots, part, h)
         for vector, row in kept.items():
-            new = dict(zip(places, part[vector].tolist(), strict=True))
-            for i in group:
-                row[i] = [new.get(place, before) for place, before in enumerate(row[i])]
+            new = dict(zip(entries.places, part[vector].tolist(), strict=True))
+            row[a_member] = [new.get(i, before) for i, before in enumerate(row[a_member])]
+            for i in group[1:]:
+                row[i] = row[a_member]
     for vector, row in rows.items():
         row.copy_(torch.tensor(kept[vector], dtype=row.dtype))
     if len(active) == len(methods):
@@ -351,23 +350,75 @@ def _update_together(
     return tree_unflatten(structure, leaves), new_state
 
 
+class _Entries(NamedTuple):
+    """The rows of a group of members, as a kernel takes them."""
+
+    places: list[int]
+    """Of which leaf each entry is."""
+    columns: list[Column]
+    """The entries of the parameters and of each slot."""
+    direct: bool
+    """Whether the fused kernel takes them as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Split:
-    """The rows of stacked leaves, as views. Those of leaves that stay the same are remembered."""
+    """Stacked leaves in rows, or in several rows at once where that makes no difference."""
 
-    def __init__(self, columns: list[Column], before: _Split | None) -> None:
-        self._columns = columns
-        self._rows: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        if before is not None:
-            for (k, i), rows in before._rows.items():
-                if k >= 0 and i < len(columns[k]) and before._columns[k][i] is columns[k][i]:
-                    self._rows[k, i] = rows
+    method: _Method
+    columns: list[Column]
+    there: list[int]
+    """The leaves that have a gradient."""
+    whole: list[bool]
+    """Whether the rows of a leaf may be taken together."""
+    known: dict[tuple[int, ...], _Entries]
+    """Those of each group so far."""
 
-    def rows(self, column: int, place: int, leaf: Tensor, members: Sequence[int]) -> Sequence[Any]:
-        """The rows of some members in a leaf of a column; -1 is that of the gradients."""
-        found = self._rows.get((column, place))
+    def entries(self, group: tuple[int, ...]) -> _Entries:
+        found = self.known.get(group)
         if found is None:
-            found = self._rows[column, place] = leaf.unbind()
-        return found if len(members) == len(found) else [found[i] for i in members]
+            pieces = runs(group)
+            places = [i for i in self.there for _ in (pieces if self.whole[i] else group)]
+            columns = [self.of(column, group) for column in self.columns]
+            takes = self.method.fusable if self.method.fused_kernel is not None else _nothing
+            direct = (
+                all(map(takes, columns[0]))
+                and all(map(Tensor.is_contiguous, chain(*columns)))
+                and len({(x.device, x.dtype) for x in columns[0]}) == 1
+            )
+            found = self.known[group] = _Entries(places, columns, direct)
+        return found
+
+    def of(self, column: Sequence[Any], group: Sequence[int]) -> Column:
+        """The entries of a group in a column, leaf by leaf."""
+        if len(group) == 1:
+            return [column[i][group[0]] for i in self.there]
+        pieces = runs(group)
+        found: Column = []
+        for i in self.there:
+            leaf = column[i]
+            if not self.whole[i]:
+                rows = leaf.unbind()
+                found += rows if len(group) == len(rows) else [rows[k] for k in group]
+            elif len(group) == len(leaf):
+                found.append(leaf)
+            else:
+                found += [leaf[piece] for piece in pieces]
+        return found
+
+
+def _split(method: _Method, columns: list[Column], there: list[int], before: Any) -> _Split:
+    """How leaves are split, as it was for the last update if they are still the same."""
+    same = (
+        before is not None
+        and before.there == there
+        and before.method.fused_kernel is method.fused_kernel
+        and all(a is b for a, b in zip(chain(*columns), chain(*before.columns), strict=True))
+    )
+    if same:
+        return cast(_Split, before)
+    whole = [method.elementwise and _rounds_alike(leaf) for leaf in columns[0]]
+    return _Split(method, columns, there, whole, {})
 
 
 def _rounds_alike(leaf: Tensor) -> bool:

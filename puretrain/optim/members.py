@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from puretrain.optim.base import Optimizer
 from puretrain.tree import tree_flatten, tree_flatten_up_to, tree_map, tree_unflatten
@@ -111,10 +110,3 @@ def runs(members: Sequence[int]) -> list[slice]:
         else:
             found.append(slice(i, i + 1))
     return found
-
-
-def neighbours(leaf: Tensor, pieces: Sequence[slice]) -> list[Tensor]:
-    """Views of some rows of a leaf, of those next to each other in one."""
-    if len(pieces) == 1 and pieces[0] == slice(0, leaf.shape[0]):
-        return [leaf]
-    return [leaf[piece] for piece in pieces]
