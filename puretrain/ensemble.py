@@ -46,6 +46,7 @@ from puretrain.tree import (
     FrozenDict,
     Record,
     freeze,
+    frozen_dict,
     path_string,
     tree_index,
     tree_leaves,
@@ -477,10 +478,7 @@ class _OverMembers:
         with torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
             level = _functorch._vmap_increment_nesting(count, "different")
             try:
-                own = [
-                    x if axis is None else tree_map(lambda leaf: _lifted(leaf, level), x)
-                    for x, axis in self._zip(arguments)
-                ]
+                own = [x if axis is None else _lifted(x, level) for x, axis in self._zip(arguments)]
                 results = self._function(*own)
                 return tree_map(
                     lambda leaf: _functorch._remove_batch_dim(leaf, level, count, 0), results
@@ -500,8 +498,17 @@ _NO_HOOKS = (
 )
 
 
-def _lifted(leaf: Any, level: int) -> Any:
-    return _functorch._add_batch_dim(leaf, 0, level) if isinstance(leaf, Tensor) else leaf
+def _lifted(tree: Any, level: int) -> Any:
+    """The tree as one member sees it."""
+    if type(tree) is FrozenDict and {*map(type, tree.values())} <= {Tensor}:
+        values = [_functorch._add_batch_dim(leaf, 0, level) for leaf in tree.values()]
+        return frozen_dict(tree.keys(), values)  # the usual kind, which is much quicker by hand
+    return tree_map(
+        lambda leaf: (
+            _functorch._add_batch_dim(leaf, 0, level) if isinstance(leaf, Tensor) else leaf
+        ),
+        tree,
+    )
 
 
 def _row(tree: Any, index: int) -> Any:

@@ -307,9 +307,12 @@ def _update_together(
     counts = state.count.tolist()
     kept = {vector: row.tolist() for vector, row in rows.items()}
     groups: dict[Any, list[int]] = {}
-    for i in active:
-        alike = (id(methods[i]), counts[i], *(tuple(row[i]) for row in kept.values()))
-        groups.setdefault(alike, []).append(i)
+    if all(map(_all_alike, ([*map(id, methods)], counts, *kept.values()))):
+        groups = {None: [*active]} if active else {}
+    else:
+        for i in active:
+            alike = (id(methods[i]), counts[i], *(tuple(row[i]) for row in kept.values()))
+            groups.setdefault(alike, []).append(i)
     split = _split(first, [leaves, *columns], there, state.__dict__.get("_split"))
     slices: list[Any] = gradients
     if len(groups) > 1:  # each is needed by each member alone
@@ -348,6 +351,10 @@ def _update_together(
     new_state = state.replace(**dict(zip(first.slots, trees, strict=True)))
     new_state.__dict__["_split"] = split
     return tree_unflatten(structure, leaves), new_state
+
+
+def _all_alike(values: list[Any]) -> bool:
+    return values.count(values[0]) == len(values)
 
 
 class _Entries(NamedTuple):
