@@ -46,6 +46,7 @@ from puretrain.reducers import (
 )
 from puretrain.replay import journal, open_run
 from puretrain.run import Run, command_line, new_directory
+from puretrain.scan import scan
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import Aux, eval_step, train_step
 from puretrain.tree import FrozenDict, Record, field
@@ -119,6 +120,7 @@ __all__ = [
     "rematerialize",
     "replay",
     "save",
+    "scan",
     "select_members",
     "sharding",
     "swa",
