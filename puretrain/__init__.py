@@ -4,7 +4,7 @@ A run is a fold, ``state' = step(state, batch)``; :class:`TrainState` holds all 
 happens next.
 """
 
-from puretrain import compose, errors, metrics, optim, random, replay, sharding, tree
+from puretrain import compose, errors, metrics, optim, per_example, random, replay, sharding, tree
 from puretrain.checkpoint import (
     convert,
     load,
@@ -106,6 +106,7 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "optim",
+    "per_example",
     "per_member",
     "population",
     "predict",
