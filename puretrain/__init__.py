@@ -4,7 +4,18 @@ A run is a fold, ``state' = step(state, batch)``; :class:`TrainState` holds all 
 happens next.
 """
 
-from puretrain import compose, errors, metrics, optim, per_example, random, replay, sharding, tree
+from puretrain import (
+    compose,
+    curvature,
+    errors,
+    metrics,
+    optim,
+    per_example,
+    random,
+    replay,
+    sharding,
+    tree,
+)
 from puretrain.checkpoint import (
     convert,
     load,
@@ -76,6 +87,7 @@ __all__ = [
     "compose",
     "convert",
     "csv_log",
+    "curvature",
     "early_stopping",
     "ema",
     "ensemble",
