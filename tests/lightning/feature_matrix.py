@@ -20,7 +20,9 @@ class Stream(IterableDataset):
         return iter([self.dataset[i] for i in range(len(self.dataset))])
 
 
-def classifier(pl, *, optimizers=None, manual=False, iterable=False, val=True, dropout=0.0):
+def classifier(
+    pl, *, optimizers=None, manual=False, iterable=False, val=True, dropout=0.0, epoch_end=False
+):
     class Classifier(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -72,7 +74,16 @@ def classifier(pl, *, optimizers=None, manual=False, iterable=False, val=True, d
             def val_dataloader(self):
                 return DataLoader(data(14, seed=1), batch_size=4)
 
-        return WithValidation
+        if not epoch_end:
+            return WithValidation
+
+        class WithEpochEnd(WithValidation):
+            def on_train_epoch_end(self):
+                """As in programs for 2.x, which know the validation's values here."""
+                known = self.trainer.callback_metrics
+                self.log("twice", 2 * known["val_loss"] + self.current_epoch, prog_bar=True)
+
+        return WithEpochEnd
     return Classifier
 
 
@@ -177,6 +188,14 @@ MATRIX = {
         lambda pl: [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)],
     ),
     "moving average": ({}, {}, lambda pl: [moving_average(pl)]),
+    "end of an epoch": (
+        {"epoch_end": True},
+        {"enable_progress_bar": False, "max_epochs": 4},
+        lambda pl: [
+            pl.callbacks.ModelCheckpoint(monitor="twice", filename="{epoch}-{twice:.2f}"),
+            pl.callbacks.EarlyStopping("twice", patience=1),
+        ],
+    ),
     "best two": (
         {},
         {},

@@ -41,21 +41,20 @@ def run(directory, name, callbacks, path=None):
     model_arguments, trainer_arguments, make_callbacks = MATRIX[name]
     pl.seed_everything(3 if path is None else 99)
     model = classifier(pl, **model_arguments)()
+    own = make_callbacks(pl) if make_callbacks else []
+    saving = any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in own)
     trainer = pl.Trainer(
         **{
             "max_epochs": 3,
             "default_root_dir": str(directory),
             "logger": False,
-            "checkpoint_callback": False,
+            "checkpoint_callback": saving,
             "progress_bar_refresh_rate": 0,
             "weights_summary": None,
             **trainer_arguments,
         },
-        callbacks=[*(make_callbacks(pl) if make_callbacks else []), *callbacks],
-    ) if name != "best two" else pl.Trainer(
-        max_epochs=3, default_root_dir=str(directory), logger=False, weights_summary=None,
-        progress_bar_refresh_rate=0, callbacks=[*make_callbacks(pl), *callbacks],
-    )  # fmt: skip
+        callbacks=[*own, *callbacks],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(model, ckpt_path=path)

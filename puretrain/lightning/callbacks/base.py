@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Callback"]
@@ -24,6 +25,15 @@ class Callback(ABC):  # noqa: B024 - all its methods are optional
 
     def _generate_state_key(self, **values: Any) -> str:
         return f"{type(self).__qualname__}{values!r}"
+
+    def _postponed(self, trainer: Any, method: Callable[..., None]) -> bool:
+        """Whether to look at the metrics later, since more of this epoch will be logged.
+
+        If so, the trainer calls the method again when all others have been called.
+        """
+        if trainer._late_follows:
+            trainer._postponed.append(method)
+        return bool(trainer._late_follows)
 
     def on_configure_sharded_model(self, trainer, pl_module):
         """Kept for its name; nothing is sharded here."""

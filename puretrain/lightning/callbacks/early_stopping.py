@@ -114,6 +114,8 @@ class EarlyStopping(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         """Look, if there is no validation to look after."""
+        if self._postponed(trainer, self.on_train_epoch_end):
+            return
         if self._check_on_train_epoch_end or not trainer._validates:
             self._run_early_stopping_check(trainer)
 
@@ -121,7 +123,8 @@ class EarlyStopping(Callback):
         """Look."""
         if trainer.sanity_checking or trainer._fn != "fit" or self._check_on_train_epoch_end:
             return
-        self._run_early_stopping_check(trainer)
+        if not self._postponed(trainer, self.on_validation_end):
+            self._run_early_stopping_check(trainer)
 
     def _run_early_stopping_check(self, trainer):
         metrics = trainer.callback_metrics

@@ -203,7 +203,11 @@ class ModelCheckpoint(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module, *args, **kwargs):
         """Write, if no validation follows to write after."""
-        if self._skips(trainer) or not self._epoch_is_due(trainer):
+        if (
+            self._postponed(trainer, self.on_train_epoch_end)
+            or self._skips(trainer)
+            or not self._epoch_is_due(trainer)
+        ):
             return
         if self._save_on_train_epoch_end or (
             self._save_on_train_epoch_end is None and not self._waits_for_validation(trainer)
@@ -212,7 +216,11 @@ class ModelCheckpoint(Callback):
 
     def on_validation_end(self, trainer, pl_module):
         """Write."""
-        if self._skips(trainer) or not self._epoch_is_due(trainer):
+        if (
+            self._postponed(trainer, self.on_validation_end)
+            or self._skips(trainer)
+            or not self._epoch_is_due(trainer)
+        ):
             return
         if not self._save_on_train_epoch_end:
             self._save(trainer)

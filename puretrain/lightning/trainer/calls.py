@@ -11,7 +11,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["call", "call_module", "hooks_of", "implements", "is_late", "is_of_lightning", "takes"]
+__all__ = [
+    "call",
+    "call_module",
+    "call_the_rest",
+    "hooks_of",
+    "implements",
+    "is_late",
+    "is_of_lightning",
+    "state_key_of",
+    "takes",
+]
 
 _BASES = {
     "Callback",
@@ -66,12 +76,24 @@ def is_of_lightning(cls: type, name: str) -> bool:
     )
 
 
-def is_late(callback: Any) -> bool:
-    """Whether a callback counts on 2.x's order, where validation is part of the epoch.
+def is_late(trainer: Any, owner: Any) -> bool:
+    """Whether ``on_train_epoch_end`` of a callback or module counts on 2.x's order.
 
-    The real EarlyStopping and ModelCheckpoint look in ``on_train_epoch_end`` for metrics of it.
+    There validation is part of the epoch, and its metrics are known in that hook. So it is for
+    what is made with the real Lightning, and for what users write for a trainer of 2.x.
     """
-    names = ("EarlyStopping", "ModelCheckpoint")
+    if any(is_of_lightning(type(owner), name) for name in ("Callback", "LightningModule")):
+        return True
+    method = getattr(owner, "on_train_epoch_end", None)
+    place = str(getattr(inspect.unwrap(getattr(method, "__func__", method)), "__module__", ""))
+    return trainer._speaks_2 and place.partition(".")[0] != "puretrain"
+
+
+def _looks_at_metrics(callback: Any) -> bool:
+    known = getattr(callback, "_looks_at_metrics", None)
+    if known is not None:
+        return bool(known)
+    names = ("EarlyStopping", "Checkpoint")
     return any(is_of_lightning(type(callback), name) for name in names)
 
 
@@ -83,16 +105,17 @@ def hooks_of(trainer: Any, name: str) -> Hooks | None:
     first, last = [], []
     kind, _, moment = name.partition(":")
     for callback in trainer.callbacks:
-        if kind == "on_train_epoch_end" and is_late(callback) is not (moment == "late"):
+        if not implements(callback, kind):
             continue
-        if implements(callback, kind):
+        if kind != "on_train_epoch_end" or is_late(trainer, callback) is (moment == "late"):
             method = getattr(callback, kind)
-            late = name in _AFTER_MODULE and getattr(callback, "_looks_at_metrics", False)
+            late = kind in _AFTER_MODULE and _looks_at_metrics(callback)
             (last if late else first).append((method, max(takes(method) - 2, 0)))
     module = trainer._module
     own = None
-    if module is not None and name not in _CALLBACKS_ONLY and implements(module, name):
-        own = (getattr(module, name), takes(getattr(module, name)))
+    if module is not None and kind not in _CALLBACKS_ONLY and implements(module, kind):
+        if kind != "on_train_epoch_end" or is_late(trainer, module) is (moment == "late"):
+            own = (getattr(module, kind), takes(getattr(module, kind)))
     found = Hooks(tuple(first), tuple(last), own) if first or last or own else None
     known[name] = found
     return found
@@ -109,6 +132,7 @@ def call(trainer: Any, name: str, *arguments: Any) -> Any:
     if hooks is None:
         return None
     module, before = trainer._module, trainer._fx
+    name = name.partition(":")[0]
     trainer._fx = name
     answer = None
     if trainer._profiles:
@@ -126,6 +150,36 @@ def call(trainer: Any, name: str, *arguments: Any) -> Any:
         if trainer._profiles:
             trainer.profiler.stop(name)
     return answer
+
+
+def state_key_of(callback: Any) -> str:
+    """Under which name a callback is in a checkpoint."""
+    key = getattr(callback, "state_key", None)
+    return key if isinstance(key, str) else type(callback).__qualname__
+
+
+def call_the_rest(trainer: Any, name: str, *arguments: Any) -> None:
+    """Call a hook of all that ``trainer._called`` does not name, and write down whom.
+
+    So a run that goes on from a checkpoint of one of them calls the others, and nobody twice.
+    """
+    hooks = hooks_of(trainer, name)
+    if hooks is None:
+        return
+    module, before = trainer._module, trainer._fx
+    trainer._fx = name = name.partition(":")[0]
+    calls = [(method, (trainer, module), count) for method, count in hooks.callbacks]
+    calls += [] if hooks.module is None else [(hooks.module[0], (), hooks.module[1])]
+    calls += [(method, (trainer, module), count) for method, count in hooks.last]
+    with trainer._profile(name):
+        for method, given, count in calls:
+            owner = getattr(method, "__self__", None)
+            key = state_key_of(owner) if given else ""
+            if key in trainer._called:
+                continue
+            trainer._called.append(key)
+            method(*given, *arguments[:count])
+    trainer._fx = before
 
 
 def call_module(trainer: Any, name: str, *arguments: Any) -> Any:

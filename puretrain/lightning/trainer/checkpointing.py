@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puretrain.errors import CheckpointError
 from puretrain.lightning.trainer import loaders, training
-from puretrain.lightning.trainer.calls import implements, takes
+from puretrain.lightning.trainer.calls import implements, state_key_of, takes
 from puretrain.lightning.trainer.checkpoint_file import Opaque, read, write
 from puretrain.lightning.trainer.results import metric_states, restore_metric_states
 from puretrain.lightning.utilities.distributed import rank_zero_warn
@@ -154,15 +154,10 @@ def _callback_states(trainer: Any, checkpoint: dict[str, Any]) -> CallbackStates
                 given = method(*(trainer, trainer._module, checkpoint)[: takes(method)])
                 state = given or state
             if state:
-                states[_key(callback)] = state
+                states[state_key_of(callback)] = state
     finally:
         trainer._fx = before
     return states
-
-
-def _key(callback: Any) -> str:
-    key = getattr(callback, "state_key", None)
-    return key if isinstance(key, str) else type(callback).__qualname__
 
 
 def _position(trainer: Any, *, in_epoch: bool) -> dict[str, Any]:
@@ -187,6 +182,7 @@ def _position(trainer: Any, *, in_epoch: bool) -> dict[str, Any]:
         },
         "generators": generators,
         "due": trainer._due,
+        "called": list(trainer._called) if trainer._due >= training.EPOCH_ENDED else [],
         "steps_done": trainer._steps_done,
         "updates": trainer._updates,
         "total_batches": trainer._total_batches,
@@ -280,6 +276,7 @@ def restore_fit(trainer: Any, path: Any, state: TrainState) -> TrainState:
     if place is None:
         return _from_lightning(trainer, checkpoint, state)
     trainer._due = place["due"]
+    trainer._called = list(place.get("called", ()))
     trainer._steps_done = place["steps_done"]
     trainer.global_step = trainer._steps_done
     trainer._updates = place["updates"]
@@ -325,7 +322,7 @@ def _load_callbacks(trainer: Any, checkpoint: dict[str, Any]) -> None:
         if implements(callback, "on_load_checkpoint"):
             method = callback.on_load_checkpoint
             count = takes(method)
-            state = states.get(_key(callback), states.get(type(callback)))
+            state = states.get(state_key_of(callback), states.get(type(callback)))
             if count == 1:
                 if state is not None:
                     method(copy.deepcopy(state))
@@ -333,7 +330,7 @@ def _load_callbacks(trainer: Any, checkpoint: dict[str, Any]) -> None:
                 given = checkpoint if _takes_checkpoint(method) else copy.deepcopy(state)
                 method(trainer, trainer._module, given)
         if implements(callback, "load_state_dict") and not _delegates(callback):
-            state = states.get(_key(callback), states.get(type(callback)))
+            state = states.get(state_key_of(callback), states.get(type(callback)))
             if state is not None:
                 callback.load_state_dict(copy.deepcopy(state))
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from puretrain.lightning.trainer import loaders
 from puretrain.lightning.trainer.calls import call, call_module, hooks_of, implements, takes
 from puretrain.lightning.trainer.results import Results
 from puretrain.lightning.trainer.states import RunningStage
+from puretrain.lightning.utilities.apply_func import move_data_to_device
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
+from puretrain.lightning.utilities.warnings import WarningCache
 
-__all__ = ["prepare_loaders", "run_evaluation", "run_prediction"]
+__all__ = ["Prediction", "prepare_loaders", "run_evaluation", "run_prediction"]
+
+_warnings = WarningCache()
 
 _WORDS = {"val": "validation", "test": "test", "predict": "predict"}
 _STAGES = {
@@ -27,6 +33,8 @@ _STAGES = {
 def prepare_loaders(trainer: Any, kind: str) -> None:
     """Ask for the loaders of a stage and count their batches."""
     found = loaders.evaluation_loaders(trainer, kind)
+    if kind == "predict":
+        found = [_complete(loader) for loader in found]
     name = f"limit_{kind}_batches"
     limit = getattr(trainer, name)
     if trainer.overfit_batches > 0 and kind in {"val", "test"}:
@@ -195,6 +203,75 @@ def _log_step(trainer: Any, results: Results, kind: str) -> None:
         trainer._log_metrics(metrics, step=seen - 1)
 
 
+# ── Prediction ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Prediction:
+    """What a prediction has given so far; writers ask ``trainer.predict_loop`` for it."""
+
+    def __init__(self, count: int) -> None:
+        """Begin with so many loaders."""
+        self.outputs: list[list[Any]] = [[] for _ in range(count)]
+        self.epoch_batch_indices: list[list[list[int]]] = [[] for _ in range(count)]
+        self.current_batch_indices: list[int] = []
+
+    @property
+    def predictions(self) -> list[Any]:
+        """The outputs of all batches; by loader if there are several."""
+        return self.outputs[0] if len(self.outputs) == 1 else self.outputs
+
+
+class _Recorded:
+    """A batch sampler that writes down which samples it has put into its batches."""
+
+    def __init__(self, batches: Any, seen: list[list[int]]) -> None:
+        self.batches, self.seen = batches, seen
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.seen.append(list(batch))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+
+def _recorded(loader: Any) -> tuple[Any, list[list[int]]]:
+    """A copy of a loader, and a list that gets the samples of each of its batches."""
+    seen: list[list[int]] = []
+    batches = getattr(loader, "batch_sampler", None)
+    if (
+        not isinstance(loader, DataLoader)
+        or batches is None
+        or isinstance(loader.dataset, IterableDataset)
+    ):
+        _warnings.warn(
+            f"Couldn't infer the batch indices fetched from your dataloader: "
+            f"`{type(loader).__name__}`"
+        )
+        return loader, seen
+    found = copy.copy(loader)
+    # a DataLoader refuses to have its sampler exchanged, since its iterators may be under way
+    found.__dict__["batch_sampler"] = _Recorded(batches, seen)
+    return found, seen
+
+
+def _complete(loader: Any) -> Any:
+    """A loader with its last, shorter batch: a prediction leaves no sample out."""
+    batches = getattr(loader, "batch_sampler", None)
+    if type(loader) is not DataLoader or type(batches) is not BatchSampler or not batches.drop_last:
+        return loader
+    found = copy.copy(loader)
+    found.__dict__["batch_sampler"] = BatchSampler(batches.sampler, batches.batch_size, False)
+    found.__dict__["drop_last"] = False
+    return found
+
+
 def run_prediction(trainer: Any, *, keep: bool = True) -> Any:
     """Run ``predict_step`` over the loaders; the outputs come by loader if there are several."""
     module = trainer._module
@@ -209,29 +286,48 @@ def run_prediction(trainer: Any, *, keep: bool = True) -> Any:
     if not implements(module, "predict_step") and implements(module, "predict"):
         method = module.predict  # its name in 1.2
     count = min(takes(method), 3)
-    outputs: list[list[Any]] = []
+    done = trainer.predict_loop = Prediction(len(found))
+    writers = [c for c in trainer.callbacks if hasattr(c, "write_on_epoch_end")]
+    kept = keep or any("epoch" in writer.interval for writer in writers)
+    modes = [(child, child.training) for child in module.modules()]
     with torch.no_grad():
         call_module(trainer, "on_predict_model_eval")
         call(trainer, "on_predict_start")
         call(trainer, "on_predict_epoch_start")
         for number, (loader, limit) in enumerate(zip(found, counts, strict=True)):
-            outputs.append([])
             trainer._eval_place = (number, limit)
-            for index, batch in enumerate(loader):
+            if limit == 0:
+                continue
+            reader, seen = _recorded(loader) if writers else (loader, [])
+            for index, batch in enumerate(reader):
                 if index >= limit:
                     break
                 batch = trainer._moved(batch, number)
-                call(trainer, "on_predict_batch_start", batch, index, number)
-                trainer._fx = "predict_step"
-                casting = trainer._casting
-                with nullcontext() if casting is None else casting():
-                    output = method(*(batch, index, number)[:count])
-                trainer._fx = None
-                call(trainer, "on_predict_batch_end", output, batch, index, number)
-                if keep:
-                    outputs[-1].append(output)
-        call(trainer, "on_predict_epoch_end", outputs)
+                done.current_batch_indices = seen[index] if index < len(seen) else []
+                if index < len(seen):
+                    done.epoch_batch_indices[number].append(seen[index])
+                output = _predict_batch(trainer, method, (batch, index, number), count)
+                if kept:
+                    done.outputs[number].append(
+                        output if not trainer.on_gpu else move_data_to_device(output, "cpu")
+                    )
+                if trainer._signals:
+                    trainer._interrupt()
+                if index + 1 >= limit:
+                    break
+        call(trainer, "on_predict_epoch_end", done.outputs)
         call(trainer, "on_predict_end")
-    if not keep:
-        return None
-    return outputs[0] if len(found) == 1 else outputs
+    for child, training in modes:
+        child.training = training
+    return done.predictions if keep else None
+
+
+def _predict_batch(trainer: Any, method: Any, batch: tuple[Any, int, int], count: int) -> Any:
+    call(trainer, "on_predict_batch_start", *batch)
+    trainer._fx = "predict_step"
+    casting = trainer._casting
+    with trainer._profile("predict_step"), nullcontext() if casting is None else casting():
+        output = method(*batch[:count])
+    trainer._fx = None
+    call(trainer, "on_predict_batch_end", output, *batch)
+    return output

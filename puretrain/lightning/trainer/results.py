@@ -194,14 +194,19 @@ class Results:
             return 1
         return batch_size_of(self.batch)
 
-    def collect(self) -> dict[str, dict[str, Any]]:
+    def collect(self, only: set[Any] | None = None) -> dict[str, dict[str, Any]]:
         """What is known now: by kind (``callback``, ``log``, ``bar``) and name.
 
         While batches run these are the values of the step, after them those of the epoch.
+
+        Args:
+            only: the entries to look at; None: all.
         """
         found: dict[str, dict[str, Any]] = {"callback": {}, "log": {}, "bar": {}}
         on_step = not self.batches_are_over
-        for entry in self.entries.values():
+        for key, entry in self.entries.items():
+            if only is not None and key not in only:
+                continue
             _, on_epoch, prog_bar, logger = entry.options[:4]
             if on_step:
                 value, name = entry.step, entry.forked("step")

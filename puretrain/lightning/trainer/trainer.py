@@ -547,9 +547,12 @@ class Trainer:
         self._grad_norms: dict[str, Any] = {}
         self._signals: list[int] = []
         self._wrapped: list[Any] = []
-        self._validates = self._validation_follows = False
+        self._validates = self._validation_follows = self._late_follows = False
+        self._postponed: list[Any] = []
+        self._called: list[str] = []
         self._generators_to_restore: Tensor | None = None
         self._predictions: dict[str, dict[str, list[Any]]] = {}
+        self.predict_loop = evaluation.Prediction(0)
         self._lr_scheduler_step: Any = None
         self._own: dict[str, Any] = {}
         self._monitored = {"step": False, "epoch": False}
@@ -1294,7 +1297,8 @@ class Trainer:
             self._to_device()
             if chosen is not None:
                 checkpointing.restore_weights(self, chosen)
-            return evaluation.run_prediction(self, keep=return_predictions is not False)
+            with self._watching_signals():
+                return evaluation.run_prediction(self, keep=return_predictions is not False)
 
     def _path_to_evaluate(self, path: Any, model: Any) -> Any:
         if path is _DEFAULT:
@@ -1384,7 +1388,8 @@ class Trainer:
         ):
             datamodule = first  # a data module where a loader is expected
             given = {kind: value for kind, value in given.items() if value is not first}
-        if datamodule is not None and any(value is not None for value in given.values()):
+        any_given = any(value is not None for value in given.values())
+        if datamodule is not None and any_given:
             raise MisconfigurationException(
                 "You cannot pass both a loader and a datamodule to one method of the trainer"
             )
@@ -1398,9 +1403,10 @@ class Trainer:
         self._module = model
         adopt(model)
         model.trainer = self
-        if datamodule is not None or fn is TrainerFn.FITTING:
-            self.datamodule = datamodule
-        if self.datamodule is not None:
+        if datamodule is None and (fn is not TrainerFn.FITTING or not any_given):
+            datamodule = getattr(model, "datamodule", None)  # of the model's last run
+        self.datamodule = datamodule
+        if datamodule is not None:
             self.datamodule.trainer = self
             model.datamodule = self.datamodule
         self._given_loaders = {k: v for k, v in given.items() if v is not None} | (
@@ -1445,14 +1451,23 @@ class Trainer:
     def _prepare_data(self) -> None:
         for owner in (self.datamodule, self._module):
             if owner is not None and implements(owner, "prepare_data"):
+                if owner is self.datamodule and self._was_done(owner, "has_prepared_data"):
+                    continue
                 owner.prepare_data()
+
+    def _was_done(self, data: Any, flag: str) -> bool:
+        """Whether a data module has done this already: 1.x asks, 2.x calls it for each run."""
+        return not self._speaks_2 and getattr(data, flag, False) is True
 
     def _setup(self, stage: str) -> None:
         if self._profiles and hasattr(self.profiler, "setup"):
             rank = self.local_rank if self.world_size > 1 else None
             self.profiler.setup(stage=stage, local_rank=rank, log_dir=self.log_dir)
-        if self.datamodule is not None and callable(getattr(self.datamodule, "setup", None)):
-            method = self.datamodule.setup
+        data = self.datamodule
+        if callable(getattr(data, "setup", None)) and not self._was_done(
+            data, f"has_setup_{stage}"
+        ):
+            method = data.setup
             method(*(stage,)[: takes(method)])
         for callback in self.callbacks:
             if implements(callback, "setup"):

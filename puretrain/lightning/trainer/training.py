@@ -18,7 +18,15 @@ from torch import Tensor
 
 from puretrain import loop, random
 from puretrain.lightning.trainer import loaders
-from puretrain.lightning.trainer.calls import call, call_module, hooks_of, implements, takes
+from puretrain.lightning.trainer.calls import (
+    call,
+    call_module,
+    call_the_rest,
+    hooks_of,
+    implements,
+    state_key_of,
+    takes,
+)
 from puretrain.lightning.trainer.evaluation import run_evaluation
 from puretrain.lightning.trainer.loaders import Item, LoaderSource
 from puretrain.lightning.trainer.optimization import step_schedulers
@@ -41,6 +49,7 @@ VALIDATED = 3
 EPOCH_ENDED = 10  # on_train_epoch_end is being called
 EPOCH_VALIDATING = 11
 EPOCH_VALIDATED = 12
+EPOCH_ENDED_LATE = 13  # on_train_epoch_end is being called of those that expect it here, as in 2.x
 
 
 def bound_state(trainer: Any, state: TrainState | None) -> TrainState:
@@ -107,8 +116,10 @@ def _fit_start(trainer: Any, state: TrainState, event: Event) -> TrainState:
     trainer._module.train()
     if due:
         _finish(trainer, state, due)
-    trainer.current_epoch = int(state.cursor.epoch)
-    return state.replace(stop=torch.tensor(_is_done(trainer, int(state.cursor.epoch))))
+    done = _is_done(trainer, int(state.cursor.epoch))
+    if not done or due < EPOCH_ENDED:  # a run that ends keeps the number of its last epoch
+        trainer.current_epoch = int(state.cursor.epoch)
+    return state.replace(stop=torch.tensor(done))
 
 
 def _finish(trainer: Any, state: TrainState, due: int) -> None:
@@ -291,22 +302,28 @@ def _end_epoch(trainer: Any, due: int, *, resumed: bool = False) -> None:
     results = trainer._train_results
     trainer._results = results
     cut = trainer._epoch_cut
-    if due <= EPOCH_ENDED and not resumed:
+    late = hooks_of(trainer, "on_train_epoch_end:late") is not None
+    trainer._late_follows, trainer._postponed = late, []
+    if not resumed:
+        trainer._called = []
+    elif late:  # who was to look at the metrics later has to be asked again
+        over = due >= EPOCH_VALIDATED and _validation_is_due_at_end(trainer)
+        for callback in trainer.callbacks:
+            if getattr(callback, "_looks_at_metrics", False):
+                trainer._postponed.append(callback.on_train_epoch_end)
+                trainer._postponed += [callback.on_validation_end] if over else []
+    if due <= EPOCH_ENDED:
         trainer._due = EPOCH_ENDED if not cut else NOTHING_DUE
-        trainer._batches_of_epoch = trainer.batch_idx + 1
-        trainer._keep_metrics()  # of the last step
+        outputs = trainer._epoch_outputs
+        if not resumed:
+            trainer._batches_of_epoch = trainer.batch_idx + 1
+            trainer._keep_metrics()  # of the last step
         results.batches_are_over = True
         results.begin_batch(None)
-        outputs = trainer._epoch_outputs
-        if implements(trainer._module, "training_epoch_end"):
-            returned = call_module(trainer, "training_epoch_end", _arranged(trainer, outputs))
-            if returned is not None:
-                raise MisconfigurationException(
-                    "training_epoch_end expects a return of None. HINT: remove the return "
-                    "statement in training_epoch_end"
-                )
+        if not resumed:
+            _training_epoch_end(trainer, outputs)
         trainer._validation_follows = _validation_is_due_at_end(trainer)
-        call(trainer, "on_train_epoch_end", _arranged(trainer, outputs))
+        call_the_rest(trainer, "on_train_epoch_end", _arranged(trainer, outputs))
         call(trainer, "on_epoch_end")
         trainer._keep_metrics()
         trainer._log_metrics(results.collect()["log"])
@@ -314,17 +331,51 @@ def _end_epoch(trainer: Any, due: int, *, resumed: bool = False) -> None:
             trainer._epoch_outputs = []
             results.reset()
         results.batches_are_over = True
+        trainer._called = []
     if due <= EPOCH_VALIDATING and _validation_is_due_at_end(trainer):
         if cut:
             _validate(trainer, NOTHING_DUE, NOTHING_DUE)
         else:
             _validate(trainer, EPOCH_VALIDATING, EPOCH_VALIDATED)
-    call(trainer, "on_train_epoch_end:late")
+    if late:
+        _end_epoch_late(trainer, results)
     if trainer._monitored["epoch"] and not cut:
         step_schedulers(trainer, "epoch", plateau=True)
     trainer._validation_follows = False
     results.batches_are_over = False
     trainer._due = NOTHING_DUE
+
+
+def _training_epoch_end(trainer: Any, outputs: list[Any]) -> None:
+    if implements(trainer._module, "training_epoch_end"):
+        returned = call_module(trainer, "training_epoch_end", _arranged(trainer, outputs))
+        if returned is not None:
+            raise MisconfigurationException(
+                "training_epoch_end expects a return of None. HINT: remove the return "
+                "statement in training_epoch_end"
+            )
+
+
+def _end_epoch_late(trainer: Any, results: Any) -> None:
+    """``on_train_epoch_end`` of those who expect validation to be over, and what they log."""
+    trainer._late_follows, results.batches_are_over = False, True
+    if not trainer._epoch_cut:
+        trainer._due = EPOCH_ENDED_LATE
+    before = set(results.entries)
+    call_the_rest(trainer, "on_train_epoch_end:late")
+    fresh = results.collect(only=set(results.entries) - before)
+    if fresh["callback"]:
+        trainer._callback_metrics.update(fresh["callback"])
+        trainer._bar_metrics.update(fresh["bar"])
+        trainer._log_metrics(fresh["log"])
+    for key in set(results.entries) - before:
+        del results.entries[key]
+    for method in trainer._postponed:
+        key = f"{state_key_of(method.__self__)}.{method.__name__}"
+        if key not in trainer._called:
+            trainer._called.append(key)
+            method(trainer, trainer._module)
+    trainer._called = []
 
 
 def _arranged(trainer: Any, outputs: list[Any]) -> Any:
