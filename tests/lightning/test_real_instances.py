@@ -120,3 +120,92 @@ def test_its_own_early_stopping_and_checkpoint_callbacks(tmp_path):
     assert stop.stopped_epoch == 2
     assert best.best_model_path == str(tmp_path / "epoch=0.ckpt")
     assert Growing.load_from_checkpoint(best.best_model_path).hparams.lr == 0.1
+
+
+def test_an_override_of_log_calls_its_base_in_either_trainer(tmp_path):
+    class Prefixes(Module):
+        def log(self, name, value, **options):
+            super().log(f"own/{name}", value, **options)
+
+    found = []
+    for pl in (ours, real, ours):
+        real.seed_everything(5)
+        module = Prefixes()
+        trainer = pl.Trainer(
+            max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            default_root_dir=str(tmp_path),
+        )  # fmt: skip
+        loader = DataLoader(torch.randn(8, 4), 2)
+        trainer.fit(module, loader, loader)
+        found.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {"own/loss", "own/loss_step", "own/loss_epoch", "own/val"}
+
+
+def test_its_own_prediction_writer(tmp_path):
+    class Writer(real.callbacks.BasePredictionWriter):
+        def __init__(self):
+            super().__init__("batch_and_epoch")
+            self.seen = []
+
+        def write_on_batch_end(self, trainer, module, prediction, indices, batch, number, loader):
+            self.seen.append((indices, number, loader))
+
+        def write_on_epoch_end(self, trainer, module, predictions, indices):
+            self.seen.append((len(predictions), indices))
+
+    def written(pl, loaders):
+        writer = Writer()
+        torch.manual_seed(7)
+        trainer = pl.Trainer(
+            logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            default_root_dir=str(tmp_path), callbacks=[writer], limit_predict_batches=2,
+        )  # fmt: skip
+        given = trainer.predict(Predicts(), loaders, return_predictions=False)
+        return writer.seen, given
+
+    class Predicts(Module):
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            return self(batch)
+
+    def samples(**options):
+        return DataLoader(torch.randn(7, 4), batch_size=3, **options)
+
+    mine = written(ours, samples())
+    assert mine == written(real, samples())
+    assert mine[0][0] == ([0, 1, 2], 0, 0)
+    assert mine[0][-1] == (2, [[[0, 1, 2], [3, 4, 5]]])
+    two = [samples(), samples(num_workers=1)]
+    assert written(ours, two) == written(real, two)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_our_prediction_writer_is_told_what_theirs_is(tmp_path, drop_last):
+    def written(pl, loader):
+        class Writer(pl.callbacks.BasePredictionWriter):
+            def write_on_batch_end(self, *arguments):
+                seen.append(arguments[3])
+
+            def write_on_epoch_end(self, *arguments):
+                seen.append(([p.tolist() for p in arguments[2]], arguments[3]))
+
+        class Echo(pl.LightningModule):
+            def predict_step(self, batch, batch_idx):
+                return batch
+
+        seen = []
+        trainer = pl.Trainer(
+            logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            default_root_dir=str(tmp_path), callbacks=[Writer("batch_and_epoch")],
+        )  # fmt: skip
+        torch.manual_seed(7)
+        trainer.predict(Echo(), loader)
+        return seen
+
+    def loader():
+        return DataLoader(torch.arange(7), batch_size=3, shuffle=True, drop_last=drop_last)
+
+    mine = written(ours, loader())
+    assert mine == written(real, loader())
+    assert mine[-1][0] == mine[-1][1][0]  # of these samples each is its own place
+    assert sorted(place for batch in mine[-1][0] for place in batch) == list(range(7))

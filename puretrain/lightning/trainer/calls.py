@@ -113,9 +113,9 @@ def hooks_of(trainer: Any, name: str) -> Hooks | None:
             (last if late else first).append((method, max(takes(method) - 2, 0)))
     module = trainer._module
     own = None
-    if module is not None and kind not in _CALLBACKS_ONLY and implements(module, kind):
-        if kind != "on_train_epoch_end" or is_late(trainer, module) is (moment == "late"):
-            own = (getattr(module, kind), takes(getattr(module, kind)))
+    has = module is not None and kind not in _CALLBACKS_ONLY and implements(module, kind)
+    if has and (kind != "on_train_epoch_end" or is_late(trainer, module) is (moment == "late")):
+        own = (getattr(module, kind), takes(getattr(module, kind)))
     found = Hooks(tuple(first), tuple(last), own) if first or last or own else None
     known[name] = found
     return found

@@ -1463,10 +1463,8 @@ class Trainer:
         if self._profiles and hasattr(self.profiler, "setup"):
             rank = self.local_rank if self.world_size > 1 else None
             self.profiler.setup(stage=stage, local_rank=rank, log_dir=self.log_dir)
-        data = self.datamodule
-        if callable(getattr(data, "setup", None)) and not self._was_done(
-            data, f"has_setup_{stage}"
-        ):
+        data, flag = self.datamodule, f"has_setup_{stage}"
+        if callable(getattr(data, "setup", None)) and not self._was_done(data, flag):
             method = data.setup
             method(*(stage,)[: takes(method)])
         for callback in self.callbacks:
