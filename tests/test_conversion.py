@@ -1,5 +1,6 @@
 """Other people's files, written and read with their own libraries; and parts of checkpoints."""
 
+import functools
 import os
 import pickle
 
@@ -178,6 +179,114 @@ def test_training_goes_on_from_a_lightning_checkpoint_bit_for_bit(tmp_path, amsg
     train(model, torch_optimizer, batches[3:])
     for name, value in model.state_dict().items():
         assert torch.equal({**state.params, **state.buffers}[name], value), name
+
+
+OPTIMIZERS = {
+    "AdamW": (pt.optim.adamw(0.01), torch.optim.AdamW, {"lr": 0.01, "fused": True}),
+    "AMSGrad": (
+        pt.optim.adam(0.01, amsgrad=True),
+        torch.optim.Adam,
+        {"lr": 0.01, "amsgrad": True, "fused": True},
+    ),
+    "in a chain": (
+        pt.optim.chain(pt.optim.clip_by_global_norm(1e9), pt.optim.adamw(0.01)),
+        torch.optim.AdamW,
+        {"lr": 0.01, "fused": True},
+    ),
+    "momentum": (
+        pt.optim.sgd(0.1, momentum=0.9),
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "fused": True},
+    ),
+    "SGD": (pt.optim.sgd(0.1), torch.optim.SGD, {"lr": 0.1}),
+    "RMSprop": (pt.optim.rmsprop(0.01), torch.optim.RMSprop, {"lr": 0.01}),
+    "from torch": (
+        pt.optim.from_torch(torch.optim.AdamW, lr=0.01),
+        torch.optim.AdamW,
+        {"lr": 0.01},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_torch_loop_goes_on_from_a_file_for_lightning_bit_for_bit(tmp_path, name):
+    optimizer, kind, options = OPTIMIZERS[name]
+    apply, _, _ = pt.functional(network())
+
+    def loss(params, buffers, x, key):
+        out, buffers = apply(params, buffers, x)
+        return out.pow(2).mean(), pt.Aux(buffers)
+
+    step, state = pt.train_step(loss, optimizer), state_of(network(), optimizer)
+    batches = torch.randn(6, 5, 3).unbind()
+    for x in batches[:3]:
+        state = step(state, x)
+    state = state.replace(cursor=state.cursor.replace(epoch=torch.tensor(2)))
+    pt.save(tmp_path / "ours.ckpt", state)
+    make = functools.partial(kind, **options)
+    pt.convert(tmp_path / "ours.ckpt", tmp_path / "theirs.ckpt", lightning=True, optimizer=make)
+    content = torch.load(tmp_path / "theirs.ckpt", weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (2, 3)
+    model = network()
+    model.load_state_dict(content["state_dict"])
+    torch_optimizer = make(model.parameters())
+    torch_optimizer.load_state_dict(content["optimizer_states"][0])
+    train(model, torch_optimizer, batches[3:])
+    for x in batches[3:]:
+        state = step(state, x)
+    for path, value in model.state_dict().items():
+        assert torch.equal({**state.params, **state.buffers}[path], value), path
+
+
+def test_to_lightning_with_other_names_and_back(tmp_path):
+    optimizer = pt.optim.adamw(0.01)
+    state = state_of(network(), optimizer)
+    _, opt_state = optimizer.update(state.params, state.opt_state, state.params)
+    state = state.replace(opt_state=opt_state)
+    pt.save(tmp_path / "ours.ckpt", state)
+    arguments = ["--rename", "**=model.**", "--optimizer", "AdamW(lr=0.02, betas=(0.5, 0.9))"]
+    command = ["convert", str(tmp_path / "ours.ckpt"), str(tmp_path / "theirs.ckpt"), "--lightning"]
+    assert main([*command, *arguments]) == 0
+    content = torch.load(tmp_path / "theirs.ckpt", weights_only=True)
+    assert set(content["state_dict"]) == {f"model.{name}" for name in network().state_dict()}
+    group = content["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["betas"]) == (0.02, (0.5, 0.9))
+    back = {"model.**": "**"}
+    pt.convert(tmp_path / "theirs.ckpt", tmp_path / "again.ckpt", rename=back)
+    again = pt.load_part(tmp_path / "again.ckpt", state, only="{params,buffers,opt_state}/**")
+    assert tree_digest(again) == tree_digest(state)
+
+
+def test_what_a_file_for_lightning_cannot_have(tmp_path):
+    state = state_of(network(), pt.optim.sgd(0.1, momentum=0.9))
+    source, target = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    pt.save(source, state.replace(cursor=state.cursor.replace(offset=torch.tensor(5))))
+    with (
+        pytest.warns(UserWarning, match="middle of an epoch"),
+        pytest.warns(UserWarning, match="optimizer's state is left out"),
+    ):
+        pt.convert(source, target, lightning=True)
+    assert torch.load(target, weights_only=True)["optimizer_states"] == []
+    adam = functools.partial(torch.optim.Adam, lr=0.1)
+    with pytest.raises(CheckpointError, match="Adam remembers (step|exp_avg) of 0"):
+        pt.convert(source, target, lightning=True, optimizer=adam)
+    pt.save(source, {"params": dict(state.params)})
+    with pytest.raises(CheckpointError, match="no optimizer states"):
+        pt.convert(source, target, lightning=True, optimizer=adam)
+    wrong = [
+        {"optimizer": adam},
+        {"lightning": True, "only": "params/**"},
+        {"lightning": True, "compression": "zstd"},
+        {"lightning": True, "optimizer": functools.partial(torch.optim.Adam, speed=1)},
+    ]
+    for options in wrong:
+        with pytest.raises(ConfigurationError):
+            pt.convert(source, target, **options)
+    with pytest.raises(ConfigurationError):
+        pt.convert(source, tmp_path / "b.npz", lightning=True)
+    command = ["convert", str(source), str(target), "--lightning", "--optimizer"]
+    for text in ("Adam(0.1)", "Adam", "Adam(lr=", "Optimiser(lr=1)", "Adam(lr=print())"):
+        assert main([*command, text]) == 2
 
 
 def test_an_optimizer_that_cannot_be_mapped_is_left_out_with_a_warning(tmp_path):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from puretrain.checkpoint.file import load, read_index, save
 from puretrain.checkpoint.format import MAGIC
+from puretrain.checkpoint.lightning import TorchOptimizer, from_lightning, to_lightning
 from puretrain.checkpoint.partial import renamed
 from puretrain.checkpoint.places import Location, is_url, plain, reading, replacing, reported, shown
 from puretrain.errors import CheckpointError, ConfigurationError
-from puretrain.tree import match_paths, path_string, tree_cast, tree_leaves, tree_paths
+from puretrain.tree import FrozenDict, match_paths, path_string, tree_cast, tree_leaves, tree_paths
 
 __all__ = ["convert", "read_foreign", "stand_ins"]
 
@@ -41,6 +41,8 @@ def convert(
     rename: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     compression: Literal["zstd"] | None = None,
+    lightning: bool = False,
+    optimizer: TorchOptimizer | None = None,
 ) -> None:
     """Write a checkpoint in another format; the names of the files say which.
 
@@ -55,7 +57,8 @@ def convert(
     Lightning checkpoint gives its ``state_dict`` as these and, if its optimizer is one Adam, the
     state of that as ``opt_state``.
 
-    From ``.ckpt`` to ``.ckpt`` the tree stays as it is, and shares nothing with other files.
+    From ``.ckpt`` to ``.ckpt`` the tree stays as it is, and shares nothing with other files; with
+    ``lightning=True`` the target is a checkpoint of Lightning, from which its Trainer goes on.
 
     Args:
         source: what to read.
@@ -65,6 +68,12 @@ def convert(
             names in the file that is not ours, if one is.
         dtype: convert floating-point tensors to this one.
         compression: as for :func:`puretrain.save`, if the target is ours.
+        lightning: write what Lightning writes: parameters and buffers as ``state_dict`` (give
+            ``rename={"**": "model.**"}`` if the LightningModule has the model as ``self.model``),
+            the epoch, the number of steps.
+        optimizer: for Lightning, what makes the optimizer as ``configure_optimizers`` does, such as
+            ``functools.partial(torch.optim.AdamW, lr=1e-3)``. It gets the state of the one in the
+            checkpoint, which has to be of that kind, over all parameters in their order.
 
     Raises:
         CheckpointError: the source can't be read, is damaged, or holds what the target can't.
@@ -82,9 +91,20 @@ def convert(
         >>> directory.cleanup()
     """
     suffix = _suffix(target)
+    if optimizer is not None and not lightning:
+        raise ConfigurationError("optimizer= is for checkpoints of Lightning: lightning=True")
+    if lightning and (suffix != ".ckpt" or only is not None or compression is not None):
+        raise ConfigurationError(
+            "a checkpoint of Lightning is a .ckpt, whole and not compressed: no only= or "
+            "compression= with lightning=True"
+        )
     ours = _is_ours(source)
     tree = load(source) if ours else read_foreign(source, rename)
     rename = rename if ours else None  # that is done
+    if lightning:
+        tree = tree if dtype is None else tree_cast(tree, dtype)
+        _write_lightning(target, tree, shown(source), rename, optimizer)
+        return
     if dtype is not None:
         tree = tree_cast(tree, dtype)
     if suffix == ".ckpt" and only is None and not rename:
@@ -278,7 +298,8 @@ def _divided(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
     buffers = {name: leaf for name, leaf in leaves.items() if is_buffer(name, leaf)}
     params = {name: leaf for name, leaf in leaves.items() if name not in buffers}
-    return {"params": params, "buffers": buffers}
+    # these keep the module's order, which is that of an optimizer of torch
+    return {"params": FrozenDict(params), "buffers": FrozenDict(buffers)}
 
 
 # ── Lightning ─────────────────────────────────────────────────────────────────────────────────────
@@ -288,42 +309,23 @@ def _from_lightning(
     content: Mapping[str, Any], name: str, rename: Mapping[str, str] | None
 ) -> dict[str, Any]:
     tree = _divided(_renamed(_tensors(content["state_dict"], name), rename))
-    tree["step"] = torch.tensor(int(content.get("global_step", 0)))
-    optimizers = content.get("optimizer_states") or []
-    if optimizers:
-        state = _optimizer_state(optimizers, tree["params"])
-        if isinstance(state, str):
-            warnings.warn(f"{name}: the optimizer's state is left out: {state}", stacklevel=4)
-        else:
-            tree["opt_state"] = state
-    return tree
+    return tree | from_lightning(content, name, tree["params"])
 
 
-def _optimizer_state(
-    optimizers: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]
-) -> dict[str, Any] | str:
-    """The state of torch's Adam or SGD in the names that ours have, or why that can't be."""
-    if len(optimizers) != 1:
-        return f"there are {len(optimizers)} optimizers"
-    state, groups = optimizers[0].get("state", {}), optimizers[0].get("param_groups", [])
-    numbers = [number for group in groups for number in group.get("params", [])]
-    if len(numbers) != len(params) or sorted(numbers) != list(range(len(params))):
-        return f"it has {len(numbers)} parameters, and the model {len(params)}"
-    slots: dict[str, dict[str, Tensor]] = {}
-    steps: list[float] = []
-    for number, (name, param) in enumerate(params.items()):
-        memory = dict(state.get(number, {}))
-        steps.append(float(memory.pop("step", 0)))
-        for slot, value in memory.items():
-            if not isinstance(value, Tensor) or value.shape != param.shape:
-                return f"{slot} of parameter {number} does not fit {name}"
-            slots.setdefault(slot, {})[name] = value
-    if any(len(slot) != len(params) for slot in slots.values()):
-        return "some parameters have no state yet"
-    if {"exp_avg", "exp_avg_sq"} <= slots.keys() <= {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
-        count, step = torch.tensor(int(max(steps))), torch.tensor(steps, dtype=torch.float32)
-        return {"count": count, "step": step, "max_exp_avg_sq": None, **slots}
-    return f"it is of another kind than Adam: {', '.join(slots) or 'nothing'}"
+def _write_lightning(
+    target: Location,
+    tree: Mapping[str, Any],
+    name: str,
+    rename: Mapping[str, str] | None,
+    optimizer: TorchOptimizer | None,
+) -> None:
+    paths = tree_paths(tree)
+    leaves = {path_string(p): leaf for p, leaf in zip(paths, tree_leaves(tree), strict=True)}
+    model = _renamed(_model(leaves, name), rename)
+    params = dict(tree["params"])
+    content = to_lightning(tree, _tensors(model, name), params, optimizer, name)
+    with reported(target, "written"), replacing(target) as file:
+        torch.save(content, file)
 
 
 # ── Writing ───────────────────────────────────────────────────────────────────────────────────────

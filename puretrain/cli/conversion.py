@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 from typing import Any
 
 import torch
 
 from puretrain.checkpoint import convert
+from puretrain.checkpoint.lightning import TorchOptimizer
 from puretrain.checkpoint.places import is_url, shown
 from puretrain.cli.checkpoints import checkpoint_at
 from puretrain.cli.output import printable, write, write_json
@@ -18,12 +21,14 @@ __all__ = ["add_commands"]
 _CONVERT = """\
 Write a checkpoint in another format. The suffixes say which: .ckpt (ours; also Lightning's, to
 read), .safetensors, .npz, and .pt, .pth or .bin for state dicts of torch.save. The other formats
-get params and buffers, or with --only the leaves that match. Nothing in a file is run or imported.
+get params and buffers, or with --only the leaves that match. With --lightning B is a checkpoint
+from which Lightning goes on. Nothing in a file is run or imported.
 """
 _CONVERT_EXAMPLES = """\
 examples:
   puretrain convert runs/digits/step_00000100.ckpt digits.safetensors
   puretrain convert lightning.ckpt start.ckpt
+  puretrain convert start.ckpt back.ckpt --lightning --optimizer 'AdamW(lr=3e-4)'
   puretrain convert model.safetensors start.ckpt --rename 'encoder.**=params/backbone.**'
 """
 _DTYPES = {"float16", "bfloat16", "float32", "float64"}
@@ -53,8 +58,33 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     )
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of floating-point tensors")
     parser.add_argument("--compression", choices=["zstd"], help="compress B, a .ckpt")
+    parser.add_argument("--lightning", action="store_true", help="write B, a .ckpt, for Lightning")
+    parser.add_argument(
+        "--optimizer",
+        metavar="NAME(lr=…)",
+        help="for Lightning: the optimizer of torch that its module makes",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return [parser]
+
+
+def _optimizer(text: str | None) -> TorchOptimizer | None:
+    """What makes the optimizer that a call such as ``AdamW(lr=3e-4)`` names; nothing is run."""
+    if text is None:
+        return None
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("it is no call with named arguments")
+        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ConfigurationError(
+            f"--optimizer takes a call such as 'AdamW(lr=3e-4)', not {text!r}: {error}"
+        ) from None
+    found = getattr(torch.optim, call.func.id, None)
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise ConfigurationError(f"torch.optim has no optimizer of the name {call.func.id!r}")
+    return functools.partial(found, **named)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -73,6 +103,8 @@ def _convert(options: argparse.Namespace) -> int:
         rename=rename,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         compression=options.compression,
+        lightning=options.lightning,
+        optimizer=_optimizer(options.optimizer),
     )
     if options.json:
         write_json({"source": source, "target": options.target})

@@ -1,6 +1,7 @@
 """The same programs, run by this package and by the real pytorch-lightning: same bits."""
 
 import csv
+import functools
 import pathlib
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from feature_matrix import MATRIX, classifier, stepped
 
+import puretrain as pt
 import puretrain.lightning as ours
 
 real = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
@@ -100,3 +102,82 @@ def test_a_run_goes_on_in_the_other(first, second, tmp_path):
     assert trainer.global_step == 32
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("way", ["store", "state of the adapter", "checkpoint of the adapter"])
+def test_lightning_goes_on_from_a_converted_checkpoint(way, tmp_path):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Sequential(
+                torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+            )
+
+        def forward(self, x):
+            return self.body(x).square().mean()
+
+    def wrapped(package):
+        class Wrapped(package.LightningModule):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(1)
+                self.model = Module()
+                self.seen = 0
+
+            def training_step(self, batch, batch_idx):
+                self.seen += 1
+                return self.model(batch[0])
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=0.01, fused=True)
+
+        return Wrapped()
+
+    x = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
+    rename = {}
+
+    def fit(package, epochs, path=None):
+        module = wrapped(package)
+        trainer = package.Trainer(
+            max_epochs=epochs, logger=False, enable_progress_bar=False, accelerator="cpu",
+            enable_model_summary=False, default_root_dir=str(tmp_path / package.__name__),
+        )  # fmt: skip
+        trainer.fit(module, loader, ckpt_path=path)
+        return module, trainer
+
+    expected, _ = fit(real, 4)
+    source = tmp_path / "store"
+    if way == "store":
+        torch.manual_seed(1)
+        apply, params, buffers = pt.functional(Module())
+        optimizer = pt.optim.adamw(0.01)
+
+        def loss(params, buffers, batch, key):
+            value, buffers = apply(params, buffers, batch[0])
+            return value, pt.Aux(buffers)
+
+        state = pt.TrainState.create(params, buffers, optimizer, key=pt.random.key(0))
+        step, observer = pt.train_step(loss, optimizer), pt.checkpoints(source, every=3)
+        pt.fit(state, step, pt.batches((x,), 4), epochs=2, observers=[observer])
+        (source,) = source.glob("*12.ckpt")
+        rename = {"**": "model.**"}
+    else:
+        _, trainer = fit(ours, 2)
+        source = source.with_suffix(".ckpt")
+        if way.startswith("state"):
+            pt.save(source, trainer.train_state)
+        else:  # our core reads it, and gives it back
+            pt.convert(trainer.checkpoint_callback.best_model_path, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pt.convert(
+            source, tmp_path / "theirs.ckpt", lightning=True, rename=rename,
+            optimizer=functools.partial(torch.optim.AdamW, lr=0.01, fused=True),
+        )  # fmt: skip
+    # a converted checkpoint says nothing of the place in the data: that was lost on the way
+    epochs = 2 if way != "checkpoint of the adapter" else 0
+    found, trainer = fit(real, 2 + epochs, str(tmp_path / "theirs.ckpt"))
+    assert (trainer.global_step, found.seen) == (24, 12)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puretrain.checkpoint.lightning import loop_counters
 from puretrain.errors import CheckpointError
 from puretrain.lightning.trainer import loaders, training
 from puretrain.lightning.trainer.calls import implements, state_key_of, takes
@@ -74,7 +75,10 @@ def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
         if trainer._scaler is not None:
             checkpoint[_SCALER] = trainer._scaler.state_dict()
         if training:
-            checkpoint["loops"] = {"fit_loop": _loops(trainer, checkpoint["epoch"])}
+            counters = loop_counters(
+                trainer._steps_done, trainer._total_batches, checkpoint["epoch"]
+            )
+            checkpoint["loops"] = {"fit_loop": counters}
             checkpoint["puretrain"] = _position(trainer, in_epoch=in_epoch)
     hparams = module.__dict__.get("_hparams")
     if hparams:
@@ -102,39 +106,6 @@ def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
     finally:
         trainer._fx = before
     return checkpoint
-
-
-def _loops(trainer: Any, epochs: int) -> dict[str, Any]:
-    """The counters of later versions of Lightning, which go on with the next epoch from them."""
-
-    def counts(number: int, *names: str) -> dict[str, dict[str, int]]:
-        return {part: dict.fromkeys(names, number) for part in ("current", "total")}
-
-    steps, batches = trainer._steps_done, trainer._total_batches
-    every = ("ready", "started", "processed", "completed")
-    step = {"current": {"ready": 0, "completed": 0}, "total": {"ready": steps, "completed": steps}}
-    none = {"current": dict.fromkeys(every, 0), "is_last_batch": False}
-    optimizer = {"step": step, "zero_grad": counts(0, "ready", "started", "completed")}
-    names = ("", "batch_loop.", "batch_loop.manual_loop.", "batch_loop.optimizer_loop.")
-    inner = (*names, "val_loop.", "val_loop.epoch_loop.")
-    return {
-        "state_dict": {},
-        **{f"epoch_loop.{name}state_dict": {} for name in inner},
-        "epoch_loop.state_dict": {"_batches_that_stepped": steps},
-        "epoch_loop.batch_loop.manual_loop.optim_step_progress": step,
-        "epoch_loop.batch_loop.optimizer_loop.optim_progress": {
-            "optimizer": optimizer,
-            "optimizer_position": 0,
-        },
-        "epoch_loop.batch_progress": {**none, "total": dict.fromkeys(every, batches)},
-        "epoch_loop.scheduler_progress": counts(0, "ready", "completed"),
-        "epoch_loop.val_loop.dataloader_progress": counts(0, "ready", "completed"),
-        "epoch_loop.val_loop.epoch_loop.batch_progress": {
-            **none,
-            "total": dict.fromkeys(every, 0),
-        },
-        "epoch_progress": counts(epochs, *every),
-    }
 
 
 def _plain(hparams: Any) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def bound_state(trainer: Any, state: TrainState | None) -> TrainState:
         )
         for optimizer in trainer.optimizers
     )
-    return state.replace(params=params, buffers=buffers, opt_state=memories)
+    updates = torch.tensor(trainer._steps_done)
+    return state.replace(params=params, buffers=buffers, opt_state=memories, updates=updates)
 
 
 def run_fit(trainer: Any, start: TrainState) -> TrainState:
