@@ -3,6 +3,7 @@
     python examples/digits.py                     # half a minute; prints what to try next
     python examples/digits.py --resume            # after Ctrl-C, or kill -9: goes on, bit for bit
     puretrain fit examples/digits.py --epochs 5   # the same run from the command line
+    puretrain lr-find examples/digits.py          # which learning rate to begin with
 
 The images are real: 1797 digits of 8x8 pixels that 43 people wrote (E. Alpaydin and C. Kaynak,
 "Optical recognition of handwritten digits", 1998), as scikit-learn ships them.
@@ -65,7 +66,9 @@ def run(directory="runs/digits", epochs=15, seed=0, lr=2e-3, batch_size=50):
     def evaluate_average(state, batch):  # the moving average of the weights does better
         return evaluate(pt.averaged(state), batch)
 
-    optimizer = pt.optim.adamw(lr, weight_decay=0.05)
+    # the learning rate is a part of the state, so that `puretrain lr-find` can try others
+    adamw = pt.optim.inject_hyperparams(pt.optim.adamw, static=["weight_decay"])
+    optimizer = adamw(lr=lr, weight_decay=0.05)
     return pt.Run(
         state=pt.TrainState.create(params, buffers, optimizer, key=pt.random.key(seed)),
         step=pt.train_step(loss, optimizer),

@@ -1,5 +1,6 @@
 """The examples, run as a reader runs them, only shorter."""
 
+import json
 import os
 import re
 import signal
@@ -58,6 +59,15 @@ def test_digits_runs_from_the_command_line(tmp_path, capsys, monkeypatch):
         == 0
     )
     assert re.search(r"step 24, epoch 1: .*val/accuracy", capsys.readouterr().out)
+    sys.modules.pop("digits")
+
+
+def test_the_learning_rate_of_digits_is_found(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = str(ROOT / "examples/digits.py")
+    options = ["--updates", "30", "--min", "1e-4", "--max", "1", "--json"]
+    assert main(["lr-find", path, *options]) == 0
+    assert 1e-4 < json.loads(capsys.readouterr().out)["suggestion"] < 1
     sys.modules.pop("digits")
 
 
