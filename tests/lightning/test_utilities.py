@@ -543,7 +543,7 @@ def test_running_mean():
 
 
 def test_predictions(tmp_path):
-    collection = PredictionCollection(0, 1)
+    collection = PredictionCollection(0, 2)
     path = tmp_path / "p.pt"
     collection.add({str(path): {"id": [1, 2], "y": torch.tensor([0.5, 0.25])}})
     collection.add({str(path): {"id": 3, "y": torch.tensor([0.75])}})

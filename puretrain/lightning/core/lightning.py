@@ -406,7 +406,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
 
     def write_prediction(self, name: str, value: Any, filename: str = "predictions.pt") -> None:
         """Collect a prediction of a test, to be written to a file at its end."""
-        self.trainer._predictions.setdefault(filename, {}).setdefault(name, []).append(value)
+        self.trainer._predictions.add({filename: {name: value}})
 
     def write_prediction_dict(
         self, predictions_dict: dict[str, Any], filename: str = "predictions.pt"

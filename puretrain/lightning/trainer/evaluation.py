@@ -41,6 +41,7 @@ def prepare_loaders(trainer: Any, kind: str) -> None:
         limit = trainer.overfit_batches
     counts = [loaders.limited(loaders.length_of(loader), limit, name) for loader in found]
     trainer._eval_loaders[kind] = found
+    trainer._loaded_at[kind] = trainer.current_epoch
     trainer._eval_counts[kind] = counts
 
 
@@ -63,7 +64,7 @@ def run_evaluation(
         For each loader the values that were logged of it.
     """
     module, word = trainer._module, _WORDS[kind]
-    if kind not in trainer._eval_loaders or trainer._loaders_are_due():
+    if kind not in trainer._eval_loaders or trainer._loaders_are_due(kind):
         prepare_loaders(trainer, kind)
     found, counts = trainer._eval_loaders[kind], trainer._eval_counts[kind]
     if most is not None:

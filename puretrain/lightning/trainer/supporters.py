@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,7 +123,7 @@ class PredictionCollection:
         """Begin empty.
 
         Args:
-            global_rank: of this process; it is in the names of the files.
+            global_rank: of this process; if there are several, it is in the names of the files.
             world_size: the number of processes.
         """
         self.global_rank = global_rank
@@ -131,8 +132,9 @@ class PredictionCollection:
         self.num_predictions = 0
 
     def _add_prediction(self, name: str, values: Any, filename: str) -> None:
-        column = self.predictions.setdefault(filename, {}).setdefault(name, [])
-        column.extend(values if isinstance(values, (Tensor, list, tuple)) else [values])
+        column = self.predictions.setdefault(os.fspath(filename), {}).setdefault(name, [])
+        values = values.detach().tolist() if isinstance(values, Tensor) else values
+        column.extend(values if isinstance(values, (list, tuple)) else [values])
 
     def add(self, predictions: Mapping[str, Mapping[str, Any]]) -> None:
         """Add columns of values, by file."""
@@ -143,18 +145,22 @@ class PredictionCollection:
     def to_disk(self) -> None:
         """Write each file with ``torch.save``, as a list with a dictionary for each sample.
 
-        The process's rank is added to the name: ``predictions.pt`` becomes
-        ``predictions_rank_0.pt``.
+        With several processes the rank is added to the name: ``predictions.pt`` becomes
+        ``predictions_rank_0.pt``. Tensors are written as numbers, or lists of them.
 
         Raises:
             ValueError: the columns of a file have different lengths.
         """
         for filename, columns in self.predictions.items():
             path = Path(filename).expanduser()
-            path = path.with_name(f"{path.stem}_rank_{self.global_rank}{path.suffix}")
+            if self.world_size > 1:
+                path = path.with_name(f"{path.stem}_rank_{self.global_rank}{path.suffix}")
             path.parent.mkdir(exist_ok=True, parents=True)
             if len({len(values) for values in columns.values()}) > 1:
-                raise ValueError("Mismatching feature column lengths found in stored predictions.")
+                lengths = {name: len(values) for name, values in columns.items()}
+                raise ValueError(
+                    f"Mismatching feature column lengths found in stored predictions: {lengths}"
+                )
             rows = zip(*columns.values(), strict=True)
             torch.save([dict(zip(columns, row, strict=True)) for row in rows], path)
 

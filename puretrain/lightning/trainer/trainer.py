@@ -27,6 +27,7 @@ from puretrain.lightning.trainer.foreign import OneProcess, adopt
 from puretrain.lightning.trainer.optimization import configure
 from puretrain.lightning.trainer.results import Results
 from puretrain.lightning.trainer.states import RunningStage, StateView, TrainerFn, TrainerState
+from puretrain.lightning.trainer.supporters import PredictionCollection
 from puretrain.lightning.utilities import argparse as arguments
 from puretrain.lightning.utilities.apply_func import apply_to_collection
 from puretrain.lightning.utilities.distributed import rank_zero_info, rank_zero_warn
@@ -533,7 +534,7 @@ class Trainer:
         self._eval_seen: dict[str, int] = {}
         self._eval_place: tuple[int, float] = (0, 0)
         self._train_loader: Any = None
-        self._loaded_at: int | None = None
+        self._loaded_at: dict[str, int] = {}
         self._steps_done = self._updates = self._updates_of_batch = 0
         self._total_batches = self._batches_of_epoch = 0
         self._due = training.NOTHING_DUE
@@ -551,7 +552,7 @@ class Trainer:
         self._postponed: list[Any] = []
         self._called: list[str] = []
         self._generators_to_restore: Tensor | None = None
-        self._predictions: dict[str, dict[str, list[Any]]] = {}
+        self._predictions = PredictionCollection(self.global_rank, 1)
         self.predict_loop = evaluation.Prediction(0)
         self._lr_scheduler_step: Any = None
         self._own: dict[str, Any] = {}
@@ -981,12 +982,13 @@ class Trainer:
             else False
         )
 
-    def _loaders_are_due(self) -> bool:
+    def _loaders_are_due(self, kind: str) -> bool:
         """Whether the loaders must be asked for again."""
         every = self._reload_every
         if not every or self.sanity_checking:
             return False
-        return self._loaded_at is not None and (self.current_epoch - self._loaded_at) >= every
+        before = self._loaded_at.get(kind)
+        return before is not None and (self.current_epoch - before) >= every
 
     def _out_of_time(self) -> bool:
         return False
@@ -1139,7 +1141,7 @@ class Trainer:
             call(self, "on_fit_end")
             return
         training.prepare_training_loader(self)
-        self._loaded_at = int(state.cursor.epoch)
+        self._loaded_at["train"] = int(state.cursor.epoch)
         if self._generators_to_restore is not None:
             loaders.put_back(self._generators_to_restore)
             self._generators_to_restore = None
@@ -1265,7 +1267,8 @@ class Trainer:
             self._eval_loaders.pop(kind, None)
             with self._watching_signals():
                 found = evaluation.run_evaluation(self, kind)
-            self._write_predictions()
+            self._predictions.to_disk()
+            self._predictions = PredictionCollection(self.global_rank, 1)
             if verbose:
                 self._print_results(stage, found)
             self._finish_loggers("success")
@@ -1556,18 +1559,6 @@ class Trainer:
         if found:
             print("-" * 80)
 
-    def _write_predictions(self) -> None:
-        for filename, values in self._predictions.items():
-            rows: list[dict[str, Any]] = []
-            for name, items in values.items():
-                flat = [x for item in items for x in (item if _is_series(item) else [item])]
-                while len(rows) < len(flat):
-                    rows.append({})
-                for row, value in zip(rows, flat, strict=False):
-                    row[name] = value
-            torch.save(rows, filename)
-        self._predictions = {}
-
     # ── From a command line ───────────────────────────────────────────────────────────────────────
 
     @classmethod
@@ -1670,10 +1661,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _is_series(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0)
 
 
 def _formatted(metrics: dict[str, Any]) -> str:

@@ -138,7 +138,7 @@ def _epoch_start(trainer: Any, state: TrainState, event: Event) -> TrainState:
     trainer.current_epoch = int(state.cursor.epoch)
     trainer._hooks = {}
     trainer._results = trainer._train_results
-    if trainer._loaders_are_due():
+    if trainer._loaders_are_due("train"):
         prepare_training_loader(trainer)
     call(trainer, "on_epoch_start")
     call(trainer, "on_train_epoch_start")
@@ -398,6 +398,7 @@ def _arranged(trainer: Any, outputs: list[Any]) -> Any:
 def prepare_training_loader(trainer: Any) -> None:
     """Ask for the training loader and count its batches."""
     trainer._train_loader = loaders.training_loader(trainer)
+    trainer._loaded_at["train"] = trainer.current_epoch
     length = loaders.length_of(trainer._train_loader)
     if trainer.overfit_batches > 0:
         total = loaders.limited(length, trainer.overfit_batches, "overfit_batches")

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import time
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from puretrain.lightning.callbacks.base import Callback
 
-__all__ = ["ProgressBar", "ProgressBarBase", "RichProgressBar", "TQDMProgressBar", "tqdm"]
+__all__ = [
+    "ProgressBar",
+    "ProgressBarBase",
+    "RichProgressBar",
+    "RichProgressBarTheme",
+    "TQDMProgressBar",
+    "tqdm",
+]
 
 _INTERVAL = 0.1  # seconds between two drawings at least
 
@@ -82,17 +91,23 @@ class tqdm:  # noqa: N801 - the name by which programs import it
         if not self._is_terminal():
             return
         if self._live is None:
-            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(
-                console=Console(file=self.file), auto_refresh=False, transient=not self.leave
-            )
+            self._live = Live(console=self._console(), auto_refresh=False, transient=not self.leave)
             self._live.start()
-        self._live.update(str(self), refresh=True)
+        self._live.update(self._picture(), refresh=True)
 
     def _is_terminal(self) -> bool:
         return bool(getattr(self.file, "isatty", lambda: False)())
+
+    def _console(self) -> Any:
+        from rich.console import Console
+
+        return Console(file=self.file)
+
+    def _picture(self) -> Any:
+        """What is drawn, for rich."""
+        return str(self)
 
     def __str__(self) -> str:
         elapsed = max(time.monotonic() - self._began, 1e-9)
@@ -114,7 +129,7 @@ class tqdm:  # noqa: N801 - the name by which programs import it
     def close(self) -> None:
         """End the line."""
         if self._live is not None:
-            self._live.update(str(self), refresh=True)
+            self._live.update(self._picture(), refresh=True)
             self._live.stop()
             self._live = None
 
@@ -420,4 +435,101 @@ class ProgressBar(ProgressBarBase):
 
 
 TQDMProgressBar = ProgressBar
-RichProgressBar = ProgressBar
+
+
+@dataclass
+class RichProgressBarTheme:
+    """Styles of rich, such as ``"bold green"`` or ``"#6206E0"``, for the parts of a bar."""
+
+    description: Any = ""
+    progress_bar: Any = "#6206E0"
+    progress_bar_finished: Any = "#6206E0"
+    progress_bar_pulse: Any = "#6206E0"
+    batch_progress: Any = ""
+    time: Any = "dim"
+    processing_speed: Any = "dim underline"
+    metrics: Any = "italic"
+    metrics_text_delimiter: str = " "
+    metrics_format: str = ".3f"
+
+
+class _RichBar(tqdm):
+    """A line of coloured parts."""
+
+    def __init__(self, theme: RichProgressBarTheme, console: dict[str, Any], **options: Any):
+        super().__init__(**options)
+        self.theme, self.console = theme, console
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **values: Any) -> None:
+        """Change the values behind."""
+        form = self.theme.metrics_format
+        self.postfix = self.theme.metrics_text_delimiter.join(
+            f"{name}: {value:{form}}" if isinstance(value, float) else f"{name}: {value}"
+            for name, value in {**(ordered_dict or {}), **values}.items()
+        )
+        if refresh:
+            self.refresh(force=False)
+
+    def _console(self) -> Any:
+        from rich.console import Console
+
+        return Console(**{"file": self.file, **self.console})
+
+    def _is_terminal(self) -> bool:
+        return bool(self._console().is_terminal)
+
+    def _picture(self) -> Any:
+        from rich.progress_bar import ProgressBar as Line
+        from rich.table import Table
+        from rich.text import Text
+
+        theme, elapsed = self.theme, max(time.monotonic() - self._began, 1e-9)
+        rate = (self.n - self.initial) / elapsed
+        left = "-:--:--"
+        if self.total and rate:
+            left = str(timedelta(seconds=round((self.total - self.n) / rate)))
+        count = f"{self.n:g}/{'--' if self.total is None else format(self.total, 'g')}"
+        past = str(timedelta(seconds=int(elapsed)))
+        table = Table.grid(padding=(0, 1))
+        table.add_row(
+            Text(self.desc, style=theme.description),
+            Line(
+                total=self.total, completed=self.n, width=40, pulse=self.total is None,
+                complete_style=theme.progress_bar, finished_style=theme.progress_bar_finished,
+                pulse_style=theme.progress_bar_pulse,
+            ),
+            Text(count, style=theme.batch_progress),
+            Text(f"{past} • {left}", style=theme.time),
+            Text(f"{rate:.2f}it/s", style=theme.processing_speed),
+            Text(self.postfix, style=theme.metrics),
+        )  # fmt: skip
+        return table
+
+
+class RichProgressBar(ProgressBar):
+    """A progress bar in colours."""
+
+    def __init__(
+        self,
+        refresh_rate: int = 1,
+        leave: bool = False,
+        theme: RichProgressBarTheme | None = None,
+        console_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Say how it looks.
+
+        Args:
+            refresh_rate: after how many batches to draw; 0: never.
+            leave: let the line of each stage stay when it is full.
+            theme: the styles of its parts.
+            console_kwargs: arguments of :class:`rich.console.Console`.
+        """
+        super().__init__(refresh_rate)
+        self.leave, self.theme = leave, theme or RichProgressBarTheme()
+        self._console_kwargs = dict(console_kwargs or {})
+
+    def _bar(self, description: str, total: Any = None) -> Any:
+        return _RichBar(
+            self.theme, self._console_kwargs, desc=description, total=total, leave=self.leave,
+            disable=self.is_disabled, file=sys.stdout,
+        )  # fmt: skip
