@@ -186,3 +186,46 @@ def test_in_a_run(tmp_path, caplog, given):
     assert isinstance(trainer.profiler, BaseProfiler)
     expected = "names: " if isinstance(given, Names) else "FIT Profiler Report"
     assert expected in caplog.text
+
+
+def test_a_run_measures_the_actions_that_1x_names(tmp_path):
+    profiler = pl.profiler.SimpleProfiler()
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, profiler=profiler, max_epochs=2, logger=False,
+        checkpoint_callback=False, progress_bar_refresh_rate=0, weights_summary=None,
+    )  # fmt: skip
+    model = Validates()
+    loader = torch.utils.data.DataLoader(torch.rand(6, 2), batch_size=2)
+    trainer.fit(model, loader, loader)
+    trainer.test(model, loader, verbose=False)
+    trainer.predict(model, loader)
+    counts = {name: len(times) for name, times in profiler.recorded_durations.items()}
+    batches = dict.fromkeys(
+        ("run_training_batch", "optimizer_step_and_closure_0", "training_step_and_backward",
+         "model_forward", "training_step", "model_backward", "backward"), 6
+    )  # fmt: skip
+    expected = {**batches, "run_training_epoch": 2, "validation_step": 2 + 6, "test_step": 3}
+    expected |= {"evaluation_step_and_end": 2 + 6 + 3, "predict_step": 3, "get_train_batch": 6}
+    expected |= {"on_train_epoch_start": 2, "on_validation_end": 3}
+    assert {name: counts.get(name) for name in expected} == expected
+    # what is inside another action takes no longer than that
+    total = {name: sum(times) for name, times in profiler.recorded_durations.items()}
+    nested = ("run_training_epoch", "run_training_batch", "optimizer_step_and_closure_0",
+              "training_step_and_backward", "model_forward", "training_step")  # fmt: skip
+    assert sorted(nested, key=total.get, reverse=True) == list(nested)
+
+
+class Validates(Model):
+    def validation_step(self, batch, batch_idx):
+        self.log("x", 1.0)
+
+    test_step = validation_step
+
+    def forward(self, batch):
+        return self.layer(batch)
+
+    def on_train_epoch_start(self):
+        pass
+
+    def on_validation_end(self):
+        pass

@@ -14,8 +14,7 @@ from puretrain.lightning.utilities.exceptions import MisconfigurationException
 
 __all__ = ["PyTorchProfiler"]
 
-_STEPS = {"training_step_and_backward", "run_training_batch", "validation_step", "test_step"}
-_STEPS |= {"predict_step", "optimizer_step"}
+_STEPS = {"training_step_and_backward", "validation_step", "test_step", "predict_step"}
 
 
 class PyTorchProfiler(BaseProfiler):

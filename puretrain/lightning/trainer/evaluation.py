@@ -152,7 +152,11 @@ def _batches(
                 call(trainer, f"on_{word}_batch_start", batch, index, number)
             trainer._fx = name
             casting = trainer._casting
-            with trainer._profile(name), nullcontext() if casting is None else casting():
+            with (
+                trainer._profile("evaluation_step_and_end"),
+                trainer._profile(name),
+                nullcontext() if casting is None else casting(),
+            ):
                 output = method(*(batch, index, number)[:count])
                 if own_end is not None:
                     trainer._fx = f"{name}_end"

@@ -305,12 +305,14 @@ class LoaderSource:
             ahead = next(iterator, self)
         while index < total and not trainer._epoch_over:
             if sized:
-                batch = next(iterator, self)
+                with trainer._profile("get_train_batch"):
+                    batch = next(iterator, self)
                 last = index + 1 == total
             else:
                 batch = ahead
                 if batch is not self:
-                    ahead = next(iterator, self) if index + 1 < total else self
+                    with trainer._profile("get_train_batch"):
+                        ahead = next(iterator, self) if index + 1 < total else self
                 last = ahead is self
             if batch is self:
                 return

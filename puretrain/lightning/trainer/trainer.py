@@ -39,6 +39,7 @@ __all__ = ["Trainer"]
 
 _warnings = WarningCache()
 _DEFAULT: Any = object()
+_NOTHING = contextlib.nullcontext()
 
 
 class Trainer:
@@ -551,6 +552,7 @@ class Trainer:
         self._validates = self._validation_follows = self._late_follows = False
         self._postponed: list[Any] = []
         self._called: list[str] = []
+        self._epoch_measured = contextlib.ExitStack()
         self._generators_to_restore: Tensor | None = None
         self._predictions = PredictionCollection(self.global_rank, 1)
         self.predict_loop = evaluation.Prediction(0)
@@ -1148,7 +1150,10 @@ class Trainer:
         self._fold = state
         try:
             with self._watching_signals(), self._detecting_anomaly():
-                self._fold = training.run_fit(self, state)
+                try:
+                    self._fold = training.run_fit(self, state)
+                finally:
+                    self._epoch_measured.close()
         except KeyboardInterrupt:
             rank_zero_warn("Detected KeyboardInterrupt, attempting graceful shutdown...")
             self.interrupted, self._state = True, TrainerState.INTERRUPTED
@@ -1163,12 +1168,11 @@ class Trainer:
             self.profiler.describe()
 
     def _detecting_anomaly(self) -> Any:
-        wanted = self._detect_anomaly
-        return torch.autograd.set_detect_anomaly(True) if wanted else contextlib.nullcontext()
+        return torch.autograd.set_detect_anomaly(True) if self._detect_anomaly else _NOTHING
 
     def _profile(self, action: str) -> Any:
         """Measure what happens in a block, if there is a profiler."""
-        return self.profiler.profile(action) if self._profiles else contextlib.nullcontext()
+        return self.profiler.profile(action) if self._profiles else _NOTHING
 
     def _resume_accumulation(self, epoch: int) -> None:
         from puretrain.lightning.callbacks import GradientAccumulationScheduler

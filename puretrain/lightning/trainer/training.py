@@ -39,6 +39,7 @@ from puretrain.tree import FrozenDict
 __all__ = ["bound_state", "run_fit", "step_optimizer"]
 
 _warnings = WarningCache()
+_OFF = nullcontext()
 
 # What has been done after a batch, or at the end of an epoch: a checkpoint says which, so that a
 # resumed run does the rest and nothing twice.
@@ -83,10 +84,7 @@ def run_fit(trainer: Any, start: TrainState) -> TrainState:
     source = LoaderSource(trainer)
 
     def step(state: TrainState, item: Item, *, donate: bool = False) -> TrainState:
-        if trainer._profiles:
-            with trainer.profiler.profile("run_training_batch"):
-                train_batch(trainer, item)
-        else:
+        with trainer._profile("run_training_batch"):
             train_batch(trainer, item)
         return state.replace(step=state.step + 1)
 
@@ -140,6 +138,8 @@ def _epoch_start(trainer: Any, state: TrainState, event: Event) -> TrainState:
     trainer._results = trainer._train_results
     if trainer._loaders_are_due("train"):
         prepare_training_loader(trainer)
+    if trainer._profiles:
+        trainer._epoch_measured.enter_context(trainer.profiler.profile("run_training_epoch"))
     call(trainer, "on_epoch_start")
     call(trainer, "on_train_epoch_start")
     return state
@@ -154,6 +154,7 @@ def _step(trainer: Any, state: TrainState, event: Event) -> TrainState:
 
 def _epoch_end(trainer: Any, state: TrainState, event: Event) -> TrainState:
     _end_epoch(trainer, EPOCH_ENDED)
+    trainer._epoch_measured.close()
     trainer._epoch_over = False
     if trainer._signals:
         trainer._interrupt()
@@ -578,14 +579,15 @@ def _optimize(trainer: Any, batch: Any, index: int, number: int) -> dict[str, An
 
     def closure() -> Any:
         nonlocal outputs
-        loss, outputs = _loss_of(trainer, batch, index, number)
-        every = trainer.accumulate_grad_batches
-        if every == 1 or index % every == 0:
-            _zero_grad(trainer, index, optimizer, number)
-        if loss is not None:
-            if every != 1:
-                loss = loss / every
-            _backward(trainer, loss, optimizer, number)
+        with trainer._profile("training_step_and_backward"):
+            loss, outputs = _loss_of(trainer, batch, index, number)
+            every = trainer.accumulate_grad_batches
+            if every == 1 or index % every == 0:
+                _zero_grad(trainer, index, optimizer, number)
+            if loss is not None:
+                if every != 1:
+                    loss = loss / every
+                _backward(trainer, loss, optimizer, number)
         return loss
 
     if trainer._accumulating:
@@ -600,6 +602,17 @@ def _optimize(trainer: Any, batch: Any, index: int, number: int) -> dict[str, An
         return loss
 
     own = trainer._own.get("optimizer_step")
+    with trainer._profile(f"optimizer_step_and_closure_{number}") if trainer._profiles else _OFF:
+        _make_step(trainer, own, index, number, closure_for_step)
+    trainer._updates += 1
+    if trainer.terminate_on_nan:
+        _check_finite(trainer)
+    return outputs
+
+
+def _make_step(trainer: Any, own: Any, index: int, number: int, closure_for_step: Any) -> None:
+    """A step of an optimizer, or what the module does instead."""
+    optimizer = trainer.optimizers[number]
     if own is None:
         step_optimizer(trainer, optimizer, closure_for_step)
     else:
@@ -613,10 +626,6 @@ def _optimize(trainer: Any, batch: Any, index: int, number: int) -> dict[str, An
             arguments = (epoch, index, wrapped, number, closure_for_step, False, False, lbfgs)
             own(*arguments[: takes(own)])
         trainer._fx = before
-    trainer._updates += 1
-    if trainer.terminate_on_nan:
-        _check_finite(trainer)
-    return outputs
 
 
 def step_optimizer(trainer: Any, optimizer: Any, closure: Any, **options: Any) -> Any:
@@ -709,8 +718,11 @@ def _training_step(trainer: Any, batch: Any, index: int, number: int) -> Any:
         named["hiddens"] = trainer._hiddens
     casting = trainer._casting
     trainer._fx = "training_step"
-    measured = trainer._profile("training_step") if trainer._profiles else nullcontext()
-    with measured, nullcontext() if casting is None else casting():
+    with (
+        trainer._profile("model_forward"),
+        trainer._profile("training_step"),
+        _OFF if casting is None else casting(),
+    ):
         returned = trainer._module.training_step(*arguments, **named)
         if "training_step_end" in trainer._own:
             trainer._fx = "training_step_end"
@@ -749,7 +761,7 @@ def _backward(trainer: Any, loss: Tensor, optimizer: Any, number: int) -> None:
     if trainer._scaler is not None:
         loss = trainer._scaler.scale(loss)
     if trainer._profiles:
-        with trainer.profiler.profile("backward"):
+        with trainer.profiler.profile("model_backward"), trainer.profiler.profile("backward"):
             loss.backward() if own is None else own(*(loss, optimizer, number)[: takes(own)])
     elif own is None:
         loss.backward()
@@ -816,7 +828,8 @@ def _check_finite(trainer: Any) -> None:
 
 def _manual(trainer: Any, batch: Any, index: int) -> Any:
     trainer._updates_of_batch = 0
-    returned = _training_step(trainer, batch, index, 0)
+    with trainer._profile("training_step_and_backward"):
+        returned = _training_step(trainer, batch, index, 0)
     if returned is None:
         return {}
     if isinstance(returned, Tensor):
