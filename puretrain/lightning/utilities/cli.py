@@ -155,6 +155,7 @@ class SaveConfigCallback(Callback):
         self.parser, self.config = parser, config
         self.config_filename, self.overwrite = config_filename, overwrite
         self.multifile, self.save_to_log_dir = multifile, save_to_log_dir
+        self._written: str | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str | None = None) -> None:
         """Write the file."""
@@ -162,6 +163,8 @@ class SaveConfigCallback(Callback):
             return
         folder = trainer.log_dir or trainer.default_root_dir
         path = os.path.join(folder, self.config_filename)
+        if path == self._written:  # by an earlier stage of this run
+            return
         if not self.overwrite and os.path.isfile(path):
             raise RuntimeError(
                 f"{type(self).__name__} expected {path} to NOT exist. Aborting to avoid overwriting"
@@ -171,6 +174,7 @@ class SaveConfigCallback(Callback):
         self.parser.save(
             self.config, path, skip_validation=True, overwrite=True, multifile=self.multifile
         )
+        self._written = path
 
 
 class LightningCLI:
