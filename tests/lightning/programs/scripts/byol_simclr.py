@@ -42,7 +42,9 @@ class WeightUpdate(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx):
         online, target = pl_module.online, pl_module.target
         for p_online, p_target in zip(online.parameters(), target.parameters()):
-            p_target.data = self.current_tau * p_target.data + (1 - self.current_tau) * p_online.data
+            p_target.data = (
+                self.current_tau * p_target.data + (1 - self.current_tau) * p_online.data
+            )
         max_steps = len(trainer.train_dataloader) * trainer.max_epochs
         progress = math.cos(math.pi * pl_module.global_step / max_steps)
         self.current_tau = 1 - (1 - self.initial_tau) * (progress + 1) / 2
@@ -59,7 +61,9 @@ class SSLOnlineEvaluator(Callback):
         self.z_dim, self.num_classes = z_dim, num_classes
 
     def on_pretrain_routine_start(self, trainer, pl_module):
-        pl_module.non_linear_evaluator = nn.Linear(self.z_dim, self.num_classes).to(pl_module.device)
+        pl_module.non_linear_evaluator = nn.Linear(self.z_dim, self.num_classes).to(
+            pl_module.device
+        )
         self.optimizer = torch.optim.SGD(pl_module.non_linear_evaluator.parameters(), lr=0.3)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx):
@@ -74,17 +78,23 @@ class SSLOnlineEvaluator(Callback):
         metrics = {"ssl_loss": loss, "ssl_acc": accuracy(logits.argmax(1), y)}
         pl_module.logger.log_metrics(metrics, step=trainer.global_step)
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx):
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx
+    ):
         (x, _), y = batch
         logits = pl_module.non_linear_evaluator(pl_module(x))
         pl_module.log("ssl_val_acc", accuracy(logits.argmax(1), y), on_epoch=True, on_step=False)
 
 
 class Base(pl.LightningModule):
-    def __init__(self, learning_rate=0.01, warmup_epochs=1, max_epochs=2, weight_decay=1e-4, **kwargs):
+    def __init__(
+        self, learning_rate=0.01, warmup_epochs=1, max_epochs=2, weight_decay=1e-4, **kwargs
+    ):
         super().__init__()
         self.save_hyperparameters()
-        self.encoder = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 8))
+        self.encoder = nn.Sequential(
+            nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 8)
+        )
 
     def forward(self, x):
         return self.encoder(x)
@@ -178,7 +188,10 @@ def cli_main():
     loaders = [DataLoader(TwoViews(seed=s), batch_size=30, shuffle=not s) for s in (0, 1)]
     for cls in (BYOL, SimCLR):
         model = cls(**vars(args))
-        update, checkpoint = WeightUpdate(), ModelCheckpoint(monitor="ssl_val_acc", mode="max", save_last=True)
+        update, checkpoint = (
+            WeightUpdate(),
+            ModelCheckpoint(monitor="ssl_val_acc", mode="max", save_last=True),
+        )
         callbacks = [SSLOnlineEvaluator(8, 3), LearningRateMonitor(), checkpoint]
         if cls is BYOL:
             callbacks.append(update)

@@ -68,7 +68,9 @@ if __name__ == "__main__":
     pl.seed_everything(7)
     data = Characters()
     model = CharRNN(len(data.alphabet))
-    trainer = pl.Trainer(max_epochs=8, gradient_clip_val=0.5, progress_bar_refresh_rate=0, terminate_on_nan=True)
+    trainer = pl.Trainer(
+        max_epochs=8, gradient_clip_val=0.5, progress_bar_refresh_rate=0, terminate_on_nan=True
+    )
     trainer.fit(model, DataLoader(data, batch_size=4, drop_last=True))
     assert set(model.pieces) == {(10, True), (10, False)}
     assert [first for _, first in model.pieces[:4]] == [True, False, False, False]

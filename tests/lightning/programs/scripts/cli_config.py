@@ -14,7 +14,10 @@ CONFIG = {
         "max_epochs": 2,
         "progress_bar_refresh_rate": 0,
         "callbacks": [
-            {"class_path": "pytorch_lightning.callbacks.EarlyStopping", "init_args": {"monitor": "val_loss"}},
+            {
+                "class_path": "pytorch_lightning.callbacks.EarlyStopping",
+                "init_args": {"monitor": "val_loss"},
+            },
             {"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"},
         ],
     },
@@ -36,7 +39,9 @@ class Regressor(LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self.net = torch.nn.Sequential(torch.nn.Linear(features, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(features, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1)
+        )
 
     def step(self, batch):
         x, y = batch
@@ -85,7 +90,10 @@ if __name__ == "__main__":
     assert cli.model.hparams.features == 3 and cli.model.hparams.hidden == 6
     assert cli.model.hparams.learning_rate == 0.02
     assert cli.trainer.current_epoch == 1 and cli.trainer.global_step == 8
-    assert {type(c).__name__ for c in cli.trainer.callbacks} >= {"EarlyStopping", "LearningRateMonitor"}
+    assert {type(c).__name__ for c in cli.trainer.callbacks} >= {
+        "EarlyStopping",
+        "LearningRateMonitor",
+    }
     assert "test_loss" in cli.results[0]
     with open(f"{cli.trainer.log_dir}/config.yaml") as file:
         assert yaml.safe_load(file)["model"]["hidden"] == 6

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.callbacks.early_stopping import EarlyStopping
 from pytorch_lightning.core.datamodule import LightningDataModule
-from pytorch_lightning.metrics import F1, Accuracy, ConfusionMatrix, MetricCollection, Precision, Recall
+from pytorch_lightning.metrics import (
+    F1,
+    Accuracy,
+    ConfusionMatrix,
+    MetricCollection,
+    Precision,
+    Recall,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
@@ -16,9 +23,22 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 class ImagesDataModule(LightningDataModule):
     name = "images"
 
-    def __init__(self, data_dir: str = "./", batch_size: int = 16, num_workers: int = 0, val_split: float = 0.2, *args, **kwargs):
+    def __init__(
+        self,
+        data_dir: str = "./",
+        batch_size: int = 16,
+        num_workers: int = 0,
+        val_split: float = 0.2,
+        *args,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.data_dir, self.batch_size, self.num_workers, self.val_split = data_dir, batch_size, num_workers, val_split
+        self.data_dir, self.batch_size, self.num_workers, self.val_split = (
+            data_dir,
+            batch_size,
+            num_workers,
+            val_split,
+        )
         self.dims = (1, 6, 6)
 
     @property
@@ -37,11 +57,15 @@ class ImagesDataModule(LightningDataModule):
         x, y = torch.load(f"{self.data_dir}/images.pt")
         count = int(120 * self.val_split)
         whole = TensorDataset(x[:120], y[:120])
-        self.train, self.val = random_split(whole, [120 - count, count], torch.Generator().manual_seed(1))
+        self.train, self.val = random_split(
+            whole, [120 - count, count], torch.Generator().manual_seed(1)
+        )
         self.test = TensorDataset(x[120:], y[120:])
 
     def train_dataloader(self):
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers)
+        return DataLoader(
+            self.train, batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers
+        )
 
     def val_dataloader(self):
         return DataLoader(self.val, batch_size=self.batch_size)
@@ -57,11 +81,18 @@ class ConvNet(pl.LightningModule):
         self.body = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Flatten())
         self.head = nn.Linear(channels * 36, num_classes)
         self.learning_rate = learning_rate
-        metrics = MetricCollection([
-            Accuracy(), Precision(num_classes=num_classes, average="macro"),
-            Recall(num_classes=num_classes, average="macro"), F1(num_classes=num_classes, average="macro"),
-        ])
-        self.valid_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
+        metrics = MetricCollection(
+            [
+                Accuracy(),
+                Precision(num_classes=num_classes, average="macro"),
+                Recall(num_classes=num_classes, average="macro"),
+                F1(num_classes=num_classes, average="macro"),
+            ]
+        )
+        self.valid_metrics, self.test_metrics = (
+            metrics.clone(prefix="val_"),
+            metrics.clone(prefix="test_"),
+        )
         self.confusion = ConfusionMatrix(num_classes=num_classes)
         self.example_input_array = torch.zeros(2, 1, 6, 6)
 
@@ -103,8 +134,13 @@ class ConvNet(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=200)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.learning_rate, total_steps=200
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def main():
@@ -120,10 +156,13 @@ def main():
     assert dm.size() == (1, 6, 6) and dm.size(1) == 6 and not dm.has_prepared_data
     model = ConvNet(num_classes=dm.num_classes, **vars(args))
     callbacks = [
-        LearningRateMonitor(logging_interval="step"), EarlyStopping(monitor="val_loss", patience=5),
+        LearningRateMonitor(logging_interval="step"),
+        EarlyStopping(monitor="val_loss", patience=5),
         ModelCheckpoint(monitor="val_Accuracy", mode="max", save_last=True),
     ]
-    trainer = pl.Trainer.from_argparse_args(args, callbacks=callbacks, auto_lr_find=True, log_every_n_steps=1)
+    trainer = pl.Trainer.from_argparse_args(
+        args, callbacks=callbacks, auto_lr_find=True, log_every_n_steps=1
+    )
     found = trainer.tune(model, datamodule=dm)["lr_find"]
     assert model.learning_rate == found.suggestion() != 0.01
     model.learning_rate = 0.05

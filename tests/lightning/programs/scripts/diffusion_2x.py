@@ -6,7 +6,12 @@ import os
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import grad_norm
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -46,8 +51,12 @@ class Writer(BasePredictionWriter):
         self.folder = folder
         os.makedirs(folder, exist_ok=True)
 
-    def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
-        torch.save({"x": prediction, "places": batch_indices}, os.path.join(self.folder, f"{batch_idx}.pt"))
+    def write_on_batch_end(
+        self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx
+    ):
+        torch.save(
+            {"x": prediction, "places": batch_indices}, os.path.join(self.folder, f"{batch_idx}.pt")
+        )
 
     def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
         torch.save((predictions, batch_indices), os.path.join(self.folder, "all.pt"))
@@ -64,7 +73,9 @@ class Data(L.LightningDataModule):
         if stage == "fit":
             self.train, self.val = TensorDataset(points[:128]), TensorDataset(points[128:])
         if stage == "predict":
-            self.noise = TensorDataset(torch.randn(10, 2, generator=torch.Generator().manual_seed(1)))
+            self.noise = TensorDataset(
+                torch.randn(10, 2, generator=torch.Generator().manual_seed(1))
+            )
 
     def train_dataloader(self):
         return DataLoader(self.train, self.hparams.batch_size, shuffle=True)
@@ -88,7 +99,11 @@ class Diffusion(L.LightningModule):
         t = torch.randint(0, self.hparams.steps, (len(x),), device=self.device)
         noise, a = torch.randn_like(x), self.alpha[t][:, None]
         noisy = a.sqrt() * x + (1 - a).sqrt() * noise
-        return (self.net(torch.cat([noisy, t[:, None] / self.hparams.steps], 1)) - noise).square().mean()
+        return (
+            (self.net(torch.cat([noisy, t[:, None] / self.hparams.steps], 1)) - noise)
+            .square()
+            .mean()
+        )
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch[0])
@@ -110,7 +125,9 @@ class Diffusion(L.LightningModule):
     def on_before_optimizer_step(self, optimizer):
         self.log_dict(grad_norm(self.net, norm_type=2))
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def predict_step(self, batch, batch_idx):
@@ -128,7 +145,10 @@ class Diffusion(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         assert total == 4 * 8
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 @rank_zero_only
@@ -141,9 +161,15 @@ def main():
     data, model, ema = Data(), Diffusion(), EMA()
     best = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{step}", save_last="link")
     trainer = L.Trainer(
-        accelerator="auto", devices=1, max_epochs=4, gradient_clip_val=1.0, log_every_n_steps=4,
+        accelerator="auto",
+        devices=1,
+        max_epochs=4,
+        gradient_clip_val=1.0,
+        log_every_n_steps=4,
         callbacks=[ema, best, LearningRateMonitor("step"), RichProgressBar(), Writer("out")],
-        logger=CSVLogger("logs"), enable_model_summary=False, num_sanity_val_steps=2,
+        logger=CSVLogger("logs"),
+        enable_model_summary=False,
+        num_sanity_val_steps=2,
     )
     trainer.fit(model, datamodule=data)
     assert len(model.history) == 4 and model.history[-1][1] < 1.2, model.history
@@ -151,10 +177,18 @@ def main():
     assert any(k.startswith("grad_2.0_norm") for k in trainer.logged_metrics)
     trainer.predict(model, datamodule=data, ckpt_path="best", return_predictions=False)
     predictions, places = torch.load("out/all.pt", weights_only=False)
-    assert [len(p) for p in predictions] == [4, 4, 2] and places == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]
+    assert [len(p) for p in predictions] == [4, 4, 2] and places == [
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    ]
     assert torch.load("out/2.pt")["places"] == [8, 9]
-    resumed = L.Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_progress_bar=False,
-                        enable_checkpointing=False, callbacks=[EMA()])
+    resumed = L.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        callbacks=[EMA()],
+    )
     resumed.fit(Diffusion(), datamodule=Data(), ckpt_path=best.best_model_path)
     say(trainer.validate(model, datamodule=data, verbose=False))
 

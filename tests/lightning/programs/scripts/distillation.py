@@ -54,7 +54,8 @@ class Student(Teacher):
         hard = F.cross_entropy(self(x), y)
         soft = F.kl_div(
             F.log_softmax(self(free) / self.hparams.temperature, -1),
-            F.softmax(self.teacher(free) / self.hparams.temperature, -1), reduction="batchmean",
+            F.softmax(self.teacher(free) / self.hparams.temperature, -1),
+            reduction="batchmean",
         )
         self.log_dict({"hard": hard, "soft": soft}, on_epoch=True, on_step=True)
         return {"loss": hard + soft + 0 * self.log_temperature, "size": len(x)}
@@ -102,7 +103,9 @@ def main():
     assert trainer.callback_metrics["acc"] > 0.85
 
     loaders = {"labelled": DataLoader(train, 16, shuffle=True), "free": DataLoader(free, 16)}
-    options = dict(progress_bar_refresh_rate=0, multiple_trainloader_mode="min_size", weights_summary=None)
+    options = dict(
+        progress_bar_refresh_rate=0, multiple_trainloader_mode="min_size", weights_summary=None
+    )
     ended = []
     callbacks = [PrintsTable(), LambdaCallback(on_epoch_end=lambda *_: ended.append(1))]
     student = Student("teacher.ckpt")

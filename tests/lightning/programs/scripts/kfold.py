@@ -53,7 +53,9 @@ class Net(LightningModule):
         super().__init__()
         self.cfg = cfg
         self.save_hyperparameters()
-        self.model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(cfg["dropout"]), nn.Linear(16, 2))
+        self.model = nn.Sequential(
+            nn.Linear(5, 16), nn.ReLU(), nn.Dropout(cfg["dropout"]), nn.Linear(16, 2)
+        )
         self.train_acc, self.val_acc, self.test_acc = Accuracy(), Accuracy(), Accuracy()
 
     def forward(self, x):
@@ -96,10 +98,18 @@ def main():
         model, dm = Net(cfg), FoldData(fold, cfg["folds"])
         first = first or copy.deepcopy(model)
         checkpoint = ModelCheckpoint(monitor="val/loss", filename=f"fold{fold}-" + "{epoch}")
-        loggers = [TensorBoardLogger("logs", name=f"fold_{fold}"), CSVLogger("csv", name=f"fold_{fold}")]
+        loggers = [
+            TensorBoardLogger("logs", name=f"fold_{fold}"),
+            CSVLogger("csv", name=f"fold_{fold}"),
+        ]
         trainer = Trainer(
-            max_epochs=cfg["epochs"], logger=loggers, callbacks=[checkpoint, EarlyStopping("val/loss")],
-            progress_bar_refresh_rate=0, weights_summary=None, deterministic=True, log_every_n_steps=1,
+            max_epochs=cfg["epochs"],
+            logger=loggers,
+            callbacks=[checkpoint, EarlyStopping("val/loss")],
+            progress_bar_refresh_rate=0,
+            weights_summary=None,
+            deterministic=True,
+            log_every_n_steps=1,
         )
         trainer.fit(model, datamodule=dm)
         scores.append(trainer.callback_metrics["val/acc"].item())

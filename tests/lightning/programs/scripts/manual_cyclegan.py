@@ -55,12 +55,15 @@ class CycleGAN(pl.LightningModule):
         fake_b, fake_a = self.g_ab(a), self.g_ba(b)
         cycle = self.l1(self.g_ba(fake_b), a) + self.l1(self.g_ab(fake_a), b)
         g_loss = (
-            self.adversarial(self.d_b(fake_b), True) + self.adversarial(self.d_a(fake_a), True)
+            self.adversarial(self.d_b(fake_b), True)
+            + self.adversarial(self.d_a(fake_a), True)
             + self.hparams.lambda_cycle * cycle
         )
         self.manual_backward(g_loss / self.hparams.accumulate)
         if (batch_idx + 1) % self.hparams.accumulate == 0:
-            nn.utils.clip_grad_norm_(itertools.chain(self.g_ab.parameters(), self.g_ba.parameters()), 5.0)
+            nn.utils.clip_grad_norm_(
+                itertools.chain(self.g_ab.parameters(), self.g_ba.parameters()), 5.0
+            )
             opt_g.step()
             opt_g.zero_grad()
         self.untoggle_optimizer(opt_g)
@@ -83,7 +86,9 @@ class CycleGAN(pl.LightningModule):
 
     def configure_optimizers(self):
         lr = self.hparams.lr
-        opt_g = torch.optim.Adam(itertools.chain(self.g_ab.parameters(), self.g_ba.parameters()), lr=lr)
+        opt_g = torch.optim.Adam(
+            itertools.chain(self.g_ab.parameters(), self.g_ba.parameters()), lr=lr
+        )
         opts = [opt_g] + [torch.optim.Adam(d.parameters(), lr=lr) for d in (self.d_a, self.d_b)]
 
         def decay(epoch):

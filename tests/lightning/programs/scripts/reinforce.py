@@ -35,7 +35,9 @@ class ExperienceSourceDataset(IterableDataset):
 
 
 class Reinforce(pl.LightningModule):
-    def __init__(self, gamma=0.95, lr=0.05, batch_size=64, entropy_beta=0.01, batches_per_epoch=8, **kwargs):
+    def __init__(
+        self, gamma=0.95, lr=0.05, batch_size=64, entropy_beta=0.01, batches_per_epoch=8, **kwargs
+    ):
         super().__init__()
         self.save_hyperparameters()
         self.env = Corridor()
@@ -88,7 +90,9 @@ class Reinforce(pl.LightningModule):
         return [optim.Adam(self.parameters(), lr=self.hparams.lr)]
 
     def train_dataloader(self):
-        return DataLoader(ExperienceSourceDataset(self.train_batch), batch_size=self.hparams.batch_size)
+        return DataLoader(
+            ExperienceSourceDataset(self.train_batch), batch_size=self.hparams.batch_size
+        )
 
     def get_device(self, batch):
         return batch[0].device.index if self.on_gpu else "cpu"

@@ -69,7 +69,9 @@ class Seq2Seq(pl.LightningModule):
         return {"loss": loss, "acc": acc, "n": batch["src"].size(0)}
 
     def training_epoch_end(self, outputs):
-        mean = torch.stack([o["loss"] * o["n"] for o in outputs]).sum() / sum(o["n"] for o in outputs)
+        mean = torch.stack([o["loss"] * o["n"] for o in outputs]).sum() / sum(
+            o["n"] for o in outputs
+        )
         self.log("train_epoch_loss", mean)
 
     def validation_step(self, batch, batch_nb, dataloader_idx):
@@ -79,7 +81,9 @@ class Seq2Seq(pl.LightningModule):
     def validation_epoch_end(self, outputs):
         assert len(outputs) == 2
         for name, part in zip(("short", "long"), outputs):
-            self.log(f"val_loss_{name}", torch.stack([o["val_loss"] for o in part]).mean(), prog_bar=True)
+            self.log(
+                f"val_loss_{name}", torch.stack([o["val_loss"] for o in part]).mean(), prog_bar=True
+            )
         self.log("val_acc", torch.stack([o["val_acc"] for part in outputs for o in part]).mean())
 
     test_step = training_step
@@ -94,11 +98,15 @@ class Seq2Seq(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", patience=0, factor=0.5)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "min", patience=0, factor=0.5
+        )
         return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val_loss_long"}
 
     def loader(self, count, longest, seed, shuffle=False):
-        return DataLoader(Reversal(count, longest, seed), 32, shuffle=shuffle, collate_fn=collate, num_workers=0)
+        return DataLoader(
+            Reversal(count, longest, seed), 32, shuffle=shuffle, collate_fn=collate, num_workers=0
+        )
 
     def train_dataloader(self):
         return self.loader(256, 5, 0, shuffle=True)
@@ -119,12 +127,20 @@ def main():
     pl.seed_everything(5)
     model = Seq2Seq(hparams)
     checkpoint = ModelCheckpoint(
-        dirpath=os.path.join(os.getcwd(), "out"), filename="{epoch:02d}-{val_acc:.2f}",
-        monitor="val_acc", mode="max", save_top_k=1, verbose=True,
+        dirpath=os.path.join(os.getcwd(), "out"),
+        filename="{epoch:02d}-{val_acc:.2f}",
+        monitor="val_acc",
+        mode="max",
+        save_top_k=1,
+        verbose=True,
     )
     trainer = pl.Trainer(
-        max_epochs=5, gradient_clip_val=1.0, callbacks=[EarlyStopping("val_loss_long", patience=3)],
-        checkpoint_callback=checkpoint, progress_bar_refresh_rate=0, weights_summary="full",
+        max_epochs=5,
+        gradient_clip_val=1.0,
+        callbacks=[EarlyStopping("val_loss_long", patience=3)],
+        checkpoint_callback=checkpoint,
+        progress_bar_refresh_rate=0,
+        weights_summary="full",
     )
     trainer.fit(model)
     rank_zero_info("best %s", checkpoint.best_model_path)

@@ -10,10 +10,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class WGANGP(LightningModule):
-    def __init__(self, latent_dim: int = 8, lr: float = 0.005, b1: float = 0.5, b2: float = 0.9, n_critic: int = 3):
+    def __init__(
+        self,
+        latent_dim: int = 8,
+        lr: float = 0.005,
+        b1: float = 0.5,
+        b2: float = 0.9,
+        n_critic: int = 3,
+    ):
         super().__init__()
         self.save_hyperparameters()
-        self.generator = nn.Sequential(nn.Linear(latent_dim, 32), nn.LeakyReLU(0.2), nn.Linear(32, 16), nn.Tanh())
+        self.generator = nn.Sequential(
+            nn.Linear(latent_dim, 32), nn.LeakyReLU(0.2), nn.Linear(32, 16), nn.Tanh()
+        )
         self.discriminator = nn.Sequential(nn.Linear(16, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
         self.validation_z = torch.randn(4, latent_dim)
         self.turns = []
@@ -41,7 +50,11 @@ class WGANGP(LightningModule):
             return {"loss": g_loss}
         fake = self(z)
         penalty = self.compute_gradient_penalty(imgs.data, fake.data)
-        d_loss = self.discriminator(fake.detach()).mean() - self.discriminator(imgs).mean() + 10 * penalty
+        d_loss = (
+            self.discriminator(fake.detach()).mean()
+            - self.discriminator(imgs).mean()
+            + 10 * penalty
+        )
         self.log("d_loss", d_loss, prog_bar=True)
         return {"loss": d_loss}
 
