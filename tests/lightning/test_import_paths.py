@@ -181,7 +181,10 @@ def test_environments_read_their_variables(monkeypatch):
 
 def test_modules_are_attributes_without_an_import():
     paths = [path for path in NAMES if path]
-    code = f"import puretrain.lightning as pl\nfor path in {paths}:\n    eval('pl.' + path)"
+    code = (
+        f"import puretrain.lightning as pl\nfor path in {paths}:\n"
+        "    assert eval('pl.' + path).__name__ == 'puretrain.lightning.' + path, path"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,5 +1,7 @@
 """Callbacks."""
 
+# Modules are attributes, whether or not a program imports them.
+from puretrain.lightning.callbacks import callback, checkpoint, rich_model_summary  # noqa: F401
 from puretrain.lightning.callbacks.base import Callback
 from puretrain.lightning.callbacks.device_stats_monitor import DeviceStatsMonitor
 from puretrain.lightning.callbacks.early_stopping import EarlyStopping

@@ -533,3 +533,12 @@ class RichProgressBar(ProgressBar):
             self.theme, self._console_kwargs, desc=description, total=total, leave=self.leave,
             disable=self.is_disabled, file=sys.stdout,
         )  # fmt: skip
+
+
+# Modules are attributes, whether or not a program imports them; they import from here.
+from puretrain.lightning.callbacks.progress import (  # noqa: E402, F401
+    base,
+    progress_bar,
+    rich_progress,
+    tqdm_progress,
+)
