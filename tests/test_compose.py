@@ -326,7 +326,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize(("inner", "outer"), itertools.permutations(AROUND, 2))
+@pytest.mark.parametrize(("inner", "outer"), list(itertools.permutations(AROUND, 2)))
 def test_any_two_in_any_order_learn_and_resume(inner, outer, tmp_path):
     buffers = WITH_TEACHER if "distillation" in (inner, outer) else BUFFERS
     both = AROUND[outer](AROUND[inner](loss))

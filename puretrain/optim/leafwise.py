@@ -171,7 +171,8 @@ def leafwise(
         None if changing else Values(values),
     )
     update = functools.partial(_update, method)
-    update.together = Together(_update_together, method)  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():  # a compiler can't follow it, and has no use for it
+        update.together = Together(_update_together, method)  # type: ignore[attr-defined]
     return Optimizer(functools.partial(_init, method), update)
 
 
