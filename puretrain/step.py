@@ -147,7 +147,11 @@ class Evaluate(Protocol):
     def __call__(
         self, state: TrainState, batch: Any, key: Tensor | None, passage: Passage | None = None, /
     ) -> Gradients:
-        """Evaluate; torch's generators are as the caller has seeded them."""
+        """Evaluate; torch's generators are as the caller has seeded them.
+
+        The gradients are those of the loss times the passage's weight, and times the loss scale,
+        if there is one; nothing has looked at their values yet.
+        """
         ...
 
 
@@ -296,7 +300,8 @@ def train_step(
 
     def advance(given: S, batch: Any, key: Tensor | None, donate: bool, tracing: bool) -> S:
         scale = _typed_loss_scale(given.loss_scale) if scaled else None
-        result = _shown(given, evaluated(given, batch, key, scale, tracing), tracing)
+        result = _unscaled(evaluated(given, batch, key, scale, tracing), scale)
+        result = _shown(given, result, tracing)
         finite: bool | Tensor = True
         if scaled or nonfinite != "propagate":
             finite = _all_finite(result, tracing)
@@ -506,8 +511,6 @@ def evaluate_loss(
         # What autograd returns and what the loss returns may be the memory of its arguments.
         taken = memory(watched)
         grads = _separate(grads, leaves, state.params, taken)
-    if scale is not None:
-        grads = [None if grad is None else grad / scale for grad in grads]
     if not isinstance(aux.metrics, Mapping):
         raise LossError(
             f"the metrics in Aux are {_describe(aux.metrics)}; give them by name, such as "
@@ -701,6 +704,13 @@ def _typed_loss_scale(stored: Any) -> LossScale:
     if isinstance(stored, LossScale):
         return stored
     return LossScale(stored["scale"], stored["good"])  # as a checkpoint holds it
+
+
+def _unscaled(result: Gradients, scale: LossScale | None) -> Gradients:
+    if scale is None:
+        return result
+    grads = [None if grad is None else grad / scale.scale for grad in result.grads]
+    return result._replace(grads=grads)
 
 
 def _rescale(before: LossScale | None, finite: bool | Tensor) -> LossScale | None:

@@ -136,7 +136,9 @@ def ddp(mesh: DeviceMesh, *, bucket_megabytes: float = 25.0, reduce: bool = True
         reduced = bucketed(group, mine.sizes[0] / mine.total, int(bucket_megabytes * 2**20), reduce)
         with _part_of_key(key, rank, world_size) as own:
             result = evaluate(state, mine.parts[0], own, reduced.passage)
-        return combine(state, [result], mine.sizes, reduced.present, result.grads)
+        finish = combine.start(state, [result], mine.sizes, reduced.present, result.grads)
+        reduced.finish()
+        return finish()
 
     return across
 
@@ -169,6 +171,7 @@ def all_reduce(mesh: DeviceMesh) -> GradientTransformation:
                 [passed[i] for i in used], inputs, [given[i] for i in used], allow_unused=True
             )
         summed = list(reduced.passage.out(backward))
+        reduced.finish()
         kept = [grad if seen else None for grad, seen in zip(summed, there.tolist(), strict=True)]
         return tree_unflatten(structure, kept), state
 
@@ -322,20 +325,24 @@ class _Combine:
     """Makes of what the parts of a batch gave what the whole batch gives, in every process."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self._facts: Callable[[Any, str], list[Any]] = _alone
-        self._buffers: Callable[[Any, str], list[Any]] = _alone
+        self._facts: Callable[[Any, str], Callable[[], list[Any]]] = _alone
+        self._buffers = self._facts
         if group is not None:
-            self._facts = Exchange(group, device)
-            self._buffers = Exchange(group, device)
+            self._facts = Exchange(group, device).start
+            self._buffers = Exchange(group, device).start
 
-    def __call__(
+    def __call__(self, *facts: Any) -> Gradients:
+        return self.start(*facts)()
+
+    def start(
         self,
         state: TrainState,
         results: Sequence[Gradients],
         sizes: Sequence[int],
         present: Sequence[bool],
         grads: Sequence[Tensor | None],
-    ) -> Gradients:
+    ) -> Callable[[], Gradients]:
+        """Begin to tell the other processes; what is returned waits for them."""
         facts = {
             "metrics": tuple(result.metrics for result in results),
             "sizes": torch.tensor(sizes),
@@ -345,7 +352,16 @@ class _Combine:
                 dtype=torch.bool,
             ),
         }
-        every = self._facts(facts, "the metrics of a step")
+        received = self._facts(facts, "the metrics of a step")
+        return lambda: self._combined(state, results, received(), grads)
+
+    def _combined(
+        self,
+        state: TrainState,
+        results: Sequence[Gradients],
+        every: Sequence[Mapping[str, Any]],
+        grads: Sequence[Tensor | None],
+    ) -> Gradients:
         all_sizes = [size for found in every for size in found["sizes"].tolist()]
         metrics = merged_metrics([part for found in every for part in found["metrics"]], all_sizes)
         anywhere = torch.stack([found["present"] for found in every]).any(0).tolist()
@@ -373,7 +389,7 @@ class _Combine:
             tuple(leaves[i] for i in moved)
             for leaves in (tree_leaves(result.buffers) for result in results)
         )
-        parts = [part for found in self._buffers(mine, "the buffers") for part in found]
+        parts = [part for found in self._buffers(mine, "the buffers")() for part in found]
         merged = merged_buffers(tuple(before[i] for i in moved), parts, sizes)
         after = list(before)
         for i, leaf in zip(moved, merged, strict=True):
@@ -381,8 +397,8 @@ class _Combine:
         return tree_unflatten(structure, after)
 
 
-def _alone(tree: Any, what: str) -> list[Any]:
-    return [tree]
+def _alone(tree: Any, what: str) -> Callable[[], list[Any]]:
+    return lambda: [tree]
 
 
 def _changed(state: TrainState, results: Sequence[Gradients]) -> list[list[bool]]:

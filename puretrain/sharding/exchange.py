@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puretrain.errors import StructureError
 from puretrain.metrics import as_metric
-from puretrain.sharding.processes import all_gather
+from puretrain.sharding.processes import start_all_gather
 from puretrain.tree import (
     FrozenDict,
     path_string,
@@ -43,9 +43,13 @@ class Exchange:
         Raises:
             StructureError: a process has something else than the others, or than it had before.
         """
+        return self.start(tree, what)()
+
+    def start(self, tree: Any, what: str) -> Callable[[], list[Any]]:
+        """Begin an exchange; what is returned waits for its end. Raises as a call does."""
         world_size = dist.get_world_size(self._group)
         if world_size == 1:
-            return [tree]
+            return lambda: [tree]
         leaves, structure = tree_flatten(tree)
         signature = [
             f"{path_string(path)} ({_kind(leaf)})"
@@ -57,15 +61,17 @@ class Exchange:
         elif self._agreed != signature:
             raise StructureError(_difference(what, "before", self._agreed, "now", signature))
         if not leaves:
-            return [tree] * world_size
+            return lambda: [tree] * world_size
         mine = torch.cat(
             [leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu() for leaf in leaves]
         ).to(self._device)
-        every = all_gather(mine, self._group)
-        return [
-            tree_unflatten(structure, _unpacked(row, leaves))
-            for row in every.cpu().view(world_size, -1).unbind()
-        ]
+        finish = start_all_gather(mine, self._group)
+
+        def received() -> list[Any]:
+            rows = finish().cpu().view(world_size, -1).unbind()
+            return [tree_unflatten(structure, _unpacked(row, leaves)) for row in rows]
+
+        return received
 
     def _compare(self, signature: list[str], what: str) -> None:
         found: list[Any] = [None] * dist.get_world_size(self._group)

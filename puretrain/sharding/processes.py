@@ -104,9 +104,19 @@ def _device_type() -> str:
 
 def all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The flat tensors of all processes, one after the other; all have the same length."""
+    return start_all_gather(flat, group)()
+
+
+def start_all_gather(flat: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin an :func:`all_gather`; what is returned waits for its end."""
     every = flat.new_empty(dist.get_world_size(group) * flat.numel())
-    _all_gather(every, flat, group)
-    return every
+    work = _all_gather(every, flat, group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return every
+
+    return finish
 
 
 # Torch 2.13 has given it another name.

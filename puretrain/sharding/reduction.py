@@ -21,6 +21,8 @@ class Reduced(NamedTuple):
     passage: Passage
     present: list[bool]
     """Which leaves had a gradient in this process; filled in by ``out``."""
+    finish: Callable[[], None]
+    """Waits until the gradients that ``out`` has returned have their values."""
 
 
 class _Bucket(NamedTuple):
@@ -56,11 +58,12 @@ def bucketed(
             present.extend(grad is not None for grad in grads)
             return grads
 
-        return Reduced(Passage(list, keep, weight), present)
+        return Reduced(Passage(list, keep, weight), present, lambda: None)
 
     buckets: list[_Bucket] = []
     filled: dict[int, Tensor] = {}
     works: list[tuple[dist.Work, Tensor]] = []
+    summed: dict[int, Tensor] = {}
 
     def launch() -> None:
         """Send the buckets that are ready, in order."""
@@ -91,17 +94,27 @@ def bucketed(
         for number in range(len(works), len(buckets)):
             if number not in filled:
                 fill(number, [None] * len(buckets[number].numbers))
-        summed: list[Tensor | None] = [None] * len(grads)
-        for (work, flat), bucket in zip(works, buckets, strict=True):
-            work.wait()
-            sizes = [leaf.numel() for leaf in bucket.like]
-            for i, leaf, piece in zip(
-                bucket.numbers, bucket.like, torch.split(flat, sizes), strict=True
-            ):
-                summed[i] = torch.empty_like(leaf).copy_(piece.view(leaf.shape))
-        return summed
+        places = [
+            pair for bucket in buckets for pair in zip(bucket.numbers, bucket.like, strict=True)
+        ]
+        summed.update((i, torch.empty_like(leaf)) for i, leaf in places)
+        if any(summed[i].stride() != leaf.stride() for i, leaf in places):
+            finish()  # what has another layout than its leaf is copied, and must be there
+        return [summed[i] for i in range(len(grads))]
 
-    return Reduced(Passage(into, out, weight), present)
+    def finish() -> None:
+        while works:
+            work, flat = works.pop(0)
+            work.wait()
+            bucket = buckets.pop(0)
+            sizes = [leaf.numel() for leaf in bucket.like]
+            targets = [summed[i] for i in bucket.numbers]
+            pieces = torch.split(flat, sizes)
+            torch._foreach_copy_(
+                targets, [x.view(y.shape) for x, y in zip(pieces, targets, strict=True)]
+            )
+
+    return Reduced(Passage(into, out, weight), present, finish)
 
 
 class _Through(torch.autograd.Function):
