@@ -71,7 +71,6 @@ def draw(path, curves, between, around):
     for name, line in between.items():
         middle.plot(line.at, line.loss, label=name)
     middle.set(xlabel="place between the two states", ylabel="loss", title="between two states")
-    middle.set(yscale="log")
     middle.legend(fontsize="small")
     contours = right.contour(around.x, around.y, around.loss.clamp_min(1e-3).log10(), levels=14)
     right.clabel(contours, fontsize="x-small")

@@ -79,6 +79,8 @@ def draw(path, results, plain, scores, wrong):
     left.axhline(100 * plain, color="black", linestyle=":", label="not private")
     left.set(xscale="log", xlabel=f"ε at δ = {DELTA:g}", ylabel="test accuracy, %")
     left.set(title="privacy and accuracy")
+    left.set_xticks(list(results), [f"{x:g}" for x in results], minor=False)
+    left.minorticks_off()
     left.legend()
     order = scores.argsort(descending=True)
     found = wrong[order].cumsum(0) / wrong.sum()

@@ -90,3 +90,33 @@ def test_raw_step_learns_and_is_thirty_lines():
     assert len((ROOT / "examples/raw_step.py").read_text().splitlines()) <= 30
     out = output(start("raw_step"))
     assert float(found(r"test accuracy ([0-9.]+)%", out)) > 93
+
+
+def test_maml_learns_to_learn():
+    out = output(start("maml", "--iterations", 120))
+    plain, learned = (
+        [float(x) for x in found(rf"{name} +(.*)", out).split()]
+        for name in ("trained on all at once", "learned to learn")
+    )
+    assert learned[5] < 0.7 * learned[0]
+    assert learned[5] < 0.7 * plain[5]
+
+
+def test_private_digits_are_read_and_wrong_labels_found(tmp_path):
+    picture = tmp_path / "private.svg"
+    out = output(start("private", "--steps", 60, "--epsilons", 1.0, 8.0, "--picture", picture))
+    plain = float(found(r"not private +test accuracy ([0-9.]+)%", out))
+    strict, loose = (float(x) for x in re.findall(r"epsilon.*accuracy ([0-9.]+)%", out))
+    assert strict < loose < plain
+    assert loose > 80
+    assert int(found(r"influence: (\d+) of 70", out)) > 40  # at random it would be 3 or 4
+    assert "</svg>" in picture.read_text(encoding="utf-8")
+
+
+def test_curvature_finds_the_edge_of_stability():
+    out = output(start("curvature", "--steps", 300))
+    values = re.findall(r"eigenvalue +([0-9.]+), 2 / rate +([0-9.]+)", out)
+    assert len(values) == 3
+    for value, edge in values[1:]:  # the two larger rates have come there
+        assert 0.9 < float(value) / float(edge) < 1.3
+    assert float(found(r"two first weights: ([0-9.]+)", out)) > 0.05
