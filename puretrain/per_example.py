@@ -171,9 +171,11 @@ def norms(grads: Any) -> Tensor:
     >>> norms({"w": torch.tensor([[3.0, 4.0], [0.0, 0.0]]), "b": torch.tensor([[12.0], [1.0]])})
     tensor([13.,  1.])
     """
-    leaves = tree_leaves(grads)
-    squares = [leaf.reshape(leaf.shape[0], -1).square().sum(1) for leaf in leaves]
-    return torch.stack(squares).sum(0).sqrt()
+    by_leaf = [
+        torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1)
+        for leaf in tree_leaves(grads)
+    ]
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(by_leaf), dim=0))
 
 
 def products(grads: Any, others: Any) -> Tensor:
@@ -305,9 +307,10 @@ def private(
 
 
 def _weighted_sum(weights: Tensor, leaf: Tensor) -> Tensor:
-    # An example that is left out must not be able to make the sum NaN: 0 · NaN is NaN.
     rows = leaf.reshape(leaf.shape[0], -1)
-    rows = torch.where(weights[:, None] > 0, rows, torch.zeros_like(rows))
+    if under_transform() or not bool(weights.all()):
+        # An example that is left out must not be able to make the sum NaN: 0 · NaN is NaN.
+        rows = torch.where(weights[:, None] > 0, rows, torch.zeros_like(rows))
     return (weights.to(rows.dtype) @ rows).reshape(leaf.shape[1:])
 
 

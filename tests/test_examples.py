@@ -92,8 +92,14 @@ def test_raw_step_learns_and_is_thirty_lines():
     assert float(found(r"test accuracy ([0-9.]+)%", out)) > 93
 
 
-def test_maml_learns_to_learn():
-    out = output(start("maml", "--iterations", 120))
+def assert_is_a_picture(path):
+    assert "</svg>" in path.read_text(encoding="utf-8")
+
+
+def test_maml_learns_to_learn(tmp_path):
+    picture = tmp_path / "maml.svg"
+    out = output(start("maml", "--iterations", 120, "--picture", picture))
+    assert_is_a_picture(picture)
     plain, learned = (
         [float(x) for x in found(rf"{name} +(.*)", out).split()]
         for name in ("trained on all at once", "learned to learn")
@@ -110,11 +116,13 @@ def test_private_digits_are_read_and_wrong_labels_found(tmp_path):
     assert strict < loose < plain
     assert loose > 80
     assert int(found(r"influence: (\d+) of 70", out)) > 40  # at random it would be 3 or 4
-    assert "</svg>" in picture.read_text(encoding="utf-8")
+    assert_is_a_picture(picture)
 
 
-def test_curvature_finds_the_edge_of_stability():
-    out = output(start("curvature", "--steps", 300))
+def test_curvature_finds_the_edge_of_stability(tmp_path):
+    picture = tmp_path / "curvature.svg"
+    out = output(start("curvature", "--steps", 300, "--picture", picture))
+    assert_is_a_picture(picture)
     values = re.findall(r"eigenvalue +([0-9.]+), 2 / rate +([0-9.]+)", out)
     assert len(values) == 3
     for value, edge in values[1:]:  # the two larger rates have come there

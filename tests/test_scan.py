@@ -167,7 +167,9 @@ def test_any_segments_give_the_same_derivative(steps, remat, accumulate):
     "make",
     [
         lambda: pt.optim.inject_hyperparams(pt.optim.sgd)(lr=0.05, momentum=0.9),
-        lambda: pt.optim.inject_hyperparams(pt.optim.adamw)(lr=0.05, weight_decay=0.1),
+        lambda: pt.optim.inject_hyperparams(pt.optim.adamw)(
+            lr=0.05, betas=(0.8, 0.95), weight_decay=0.1
+        ),
         lambda: pt.optim.inject_hyperparams(pt.optim.rmsprop)(lr=0.05),
     ],
     ids=["sgd", "adamw", "rmsprop"],
