@@ -5,9 +5,11 @@ A step stays the same function: what is divided is the batch (:func:`ddp`, :func
 by torchrun, or by ``puretrain fit --nproc``, and talk through ``torch.distributed``.
 """
 
+from puretrain.sharding.batch_norm import sync_batch_norm
 from puretrain.sharding.checkpoint import checkpoints, latest, load, save
 from puretrain.sharding.data_parallel import all_reduce, ddp, divide, dp, elastic, eval_across
 from puretrain.sharding.processes import agreement, device_of, everyone, on_rank_zero, processes
+from puretrain.sharding.uneven import uneven
 
 __all__ = [
     "agreement",
@@ -25,4 +27,6 @@ __all__ = [
     "on_rank_zero",
     "processes",
     "save",
+    "sync_batch_norm",
+    "uneven",
 ]
