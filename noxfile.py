@@ -155,11 +155,12 @@ def tests(session: nox.Session) -> None:
 @nox.session(python=False)
 def lightning(session: nox.Session) -> None:
     """Compare the Lightning interface with the real pytorch-lightning, to the bit."""
-    install(session, "test", "lightning")
+    install(session, "test", "lightning", "services")
     arguments = session.posargs or [
         "tests/lightning/test_against_lightning.py",
         "tests/lightning/test_real_instances.py",
         "tests/lightning/test_details.py",  # a metric of torchmetrics, which comes with Lightning
+        "tests/lightning/test_services.py",
     ]
     session.run(PYTHON, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
