@@ -371,6 +371,8 @@ class ModelCheckpoint(Callback):
                 folder = trainer.weights_save_path
             else:
                 folder = getattr(logger, "save_dir", None) or trainer.default_root_dir
+            if logger.version is None:  # of a service, which names a run when it begins
+                getattr(logger, "experiment", None)
             version = logger.version
             version = version if isinstance(version, str) else f"version_{version}"
             return os.path.join(os.fspath(folder), str(logger.name), version, "checkpoints")
