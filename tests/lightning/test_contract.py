@@ -260,6 +260,25 @@ def test_a_trainer_of_2x_validates_before_the_epoch_ends(tmp_path, later):
     assert trainer.callback_metrics["of_epoch"] == (3.0 if later else 0.0)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_each_of_several_equal_callbacks_is_called(tmp_path, later):
+    class Same(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            called.append("same")
+
+    def function(trainer, pl_module):
+        called.append("function")
+
+    called = []
+    lambdas = [pl.callbacks.LambdaCallback(on_train_epoch_end=function) for _ in range(2)]
+    saving = [pl.callbacks.ModelCheckpoint(str(tmp_path / name)) for name in "ab"]
+    new = {"enable_progress_bar": False} if later else {}
+    trainer = trainer_of(tmp_path, callbacks=[Same(), *lambdas, *saving, Same()], **new)
+    trainer.fit(Model(), loader())
+    assert called == ["same", "function", "function", "same"]
+    assert all(list((tmp_path / name).glob("*.ckpt")) for name in "ab")
+
+
 # ── Arguments of the trainer ──────────────────────────────────────────────────────────────────────
 
 

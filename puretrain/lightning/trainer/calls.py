@@ -19,6 +19,7 @@ __all__ = [
     "implements",
     "is_late",
     "is_of_lightning",
+    "keys_of",
     "state_key_of",
     "takes",
 ]
@@ -158,6 +159,17 @@ def state_key_of(callback: Any) -> str:
     return key if isinstance(key, str) else type(callback).__qualname__
 
 
+def keys_of(methods: list[Any]) -> list[str]:
+    """A name for each of some methods: of whom it is, its own, and which of that name."""
+    found: list[str] = []
+    for method in methods:
+        owner = getattr(method, "__self__", None)
+        place = "" if owner is None else state_key_of(owner)
+        key = f"{place}.{getattr(method, '__name__', '')}"
+        found.append(f"{key}#{sum(each.startswith(f'{key}#') for each in found)}")
+    return found
+
+
 def call_the_rest(trainer: Any, name: str, *arguments: Any) -> None:
     """Call a hook of all that ``trainer._called`` does not name, and write down whom.
 
@@ -171,10 +183,9 @@ def call_the_rest(trainer: Any, name: str, *arguments: Any) -> None:
     calls = [(method, (trainer, module), count) for method, count in hooks.callbacks]
     calls += [] if hooks.module is None else [(hooks.module[0], (), hooks.module[1])]
     calls += [(method, (trainer, module), count) for method, count in hooks.last]
+    keys = keys_of([method for method, _, _ in calls])
     with trainer._profile(name):
-        for method, given, count in calls:
-            owner = getattr(method, "__self__", None)
-            key = state_key_of(owner) if given else ""
+        for key, (method, given, count) in zip(keys, calls, strict=True):
             if key in trainer._called:
                 continue
             trainer._called.append(key)

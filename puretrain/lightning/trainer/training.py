@@ -24,7 +24,7 @@ from puretrain.lightning.trainer.calls import (
     call_the_rest,
     hooks_of,
     implements,
-    state_key_of,
+    keys_of,
     takes,
 )
 from puretrain.lightning.trainer.evaluation import run_evaluation
@@ -372,8 +372,8 @@ def _end_epoch_late(trainer: Any, results: Any) -> None:
         trainer._log_metrics(fresh["log"])
     for key in set(results.entries) - before:
         del results.entries[key]
-    for method in trainer._postponed:
-        key = f"{state_key_of(method.__self__)}.{method.__name__}"
+    methods = trainer._postponed
+    for key, method in zip(keys_of(methods), methods, strict=True):
         if key not in trainer._called:
             trainer._called.append(key)
             method(trainer, trainer._module)
