@@ -209,3 +209,26 @@ def test_our_prediction_writer_is_told_what_theirs_is(tmp_path, drop_last):
     assert mine == written(real, loader())
     assert mine[-1][0] == mine[-1][1][0]  # of these samples each is its own place
     assert sorted(place for batch in mine[-1][0] for place in batch) == list(range(7))
+
+
+def test_its_epoch_ends_after_validation_in_a_trainer_of_1x_too(tmp_path):
+    class Reads(Module):
+        def validation_step(self, batch, batch_idx):
+            self.log("val", float(self.current_epoch + 1))
+
+        def on_train_epoch_end(self):
+            self.log("twice", 2 * self.trainer.callback_metrics["val"])
+
+    class Watches(real.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(float(trainer.callback_metrics["val"]))
+
+    seen = []
+    trainer = ours.Trainer(
+        max_epochs=2, logger=False, progress_bar_refresh_rate=0, checkpoint_callback=False,
+        default_root_dir=str(tmp_path), callbacks=[Watches()], num_sanity_val_steps=0,
+    )  # fmt: skip
+    loader = DataLoader(torch.randn(8, 4), 2)
+    trainer.fit(Reads(), loader, loader)
+    assert seen == [1.0, 2.0]
+    assert trainer.callback_metrics["twice"] == 4.0
