@@ -196,6 +196,12 @@ def compiled(
         try:
             with random.scope(_seed(state)), torch.no_grad():
                 new = graph(step, bare, batch)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise TransformError(
+                f"the step was compiled {len(graphs)} times, and this call needs another graph; "
+                f"that is torch's recompile_limit. The last reason: {graphs[-1].reason}. See "
+                "report() for all of them, or compile with dynamic=True"
+            ) from error
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TransformError(_why(error)) from error
         finally:

@@ -155,6 +155,20 @@ def test_recompiles_are_counted_with_their_reasons():
     assert "size mismatch" in str(report)
 
 
+def test_too_many_graphs_are_an_error_that_leaves_the_state():
+    optimizer = pt.optim.sgd(0.1)
+    state = pt.TrainState.create({"w": torch.zeros(())}, None, optimizer, key=pt.random.key(0))
+    step = pt.train_step(lambda p, b, x, key: ((p["w"] - x) ** 2).sum(), optimizer)
+    compiled = pt.compiled(step, backend="eager")
+    limit = torch._dynamo.config.recompile_limit
+    for size in range(1, limit + 1):
+        state = compiled(state, torch.ones(size), donate=True)
+    with pytest.raises(TransformError, match=f"compiled {limit} times.*size mismatch"):
+        compiled(state, torch.ones(limit + 1), donate=True)
+    assert int(state.step) == limit
+    assert len(compiled.report().graphs) == limit
+
+
 def test_one_step_does_not_use_up_the_recompiles_of_another():
     optimizer = pt.optim.sgd(0.1)
     state = pt.TrainState.create({"w": torch.zeros(2)}, None, optimizer, key=pt.random.key(0))

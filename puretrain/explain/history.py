@@ -192,7 +192,7 @@ def _draw_panel(
             for row, name in zip(values, names, strict=True)
         ]
     steps = columns["step"]
-    palette = mpl.colormaps["viridis" if logarithmic else "magma"].with_extremes(bad="#d62728")
+    palette = mpl.colormaps["viridis" if logarithmic else "Greys"].with_extremes(bad="#d62728")
     norm = None
     finite = [value for row in values for value in row if math.isfinite(value)]
     if logarithmic and finite:
