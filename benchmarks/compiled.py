@@ -220,7 +220,7 @@ def draw(results, path):
         axes.invert_yaxis()
         axes.set_xlabel("time of a step, the eager one = 1")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower left", ncols=len(names), bbox_to_anchor=(0, 1))
+        figure.legend(frameon=False, loc="outside upper left", ncols=len(names))
         figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
