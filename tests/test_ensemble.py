@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import puretrain as pt
+from puretrain.cli import main
 from puretrain.errors import (
     ConfigurationError,
     LossError,
@@ -239,6 +241,32 @@ def test_bfloat16_autocast():
     assert_same_runs(state, runs, tolerance=1e-2)
 
 
+@pytest.mark.parametrize("network", ["mlp", "batch norm"])
+def test_a_compiled_step_agrees(network):
+    torch.compiler.reset()
+    optimizer = pt.optim.sgd(0.1, momentum=0.9)
+    loss, init = setting(network, optimizer)
+    keys = pt.random.split(pt.random.key(0), MEMBERS)
+    state = pt.ensemble(init, keys)
+    step = pt.ensemble_step(loss, optimizer, draws=False, compile="aot_eager")
+    batches = [batch_of(n) for n in range(3)]
+    for batch in batches:
+        state = step(state, batch, donate=True)
+    runs = separate(init, loss, optimizer, keys, batches, draws=False)
+    assert_same_runs(state, runs, tolerance=2e-6)
+    if network == "mlp":  # a loss that returns nothing besides
+
+        def alone(params, buffers, batch, key):
+            return loss(params, buffers, batch, key)[0]
+
+        step = pt.ensemble_step(alone, optimizer, draws=False, compile="eager")
+        plain = pt.ensemble_step(alone, optimizer, draws=False)
+        torch.testing.assert_close(
+            tree_leaves(step(state, batch_of(5))), tree_leaves(plain(state, batch_of(5)))
+        )
+    torch.compiler.reset()
+
+
 def test_donating_gives_up_the_state_and_its_parts():
     optimizer = pt.optim.lamb(0.01)
     loss, init = setting("mlp", optimizer)
@@ -265,7 +293,7 @@ def nonfinite_setting():
 
     def init(key):
         return pt.TrainState.create(
-            {"w": torch.ones(3)}, {"seen": torch.tensor(0.0)}, optimizer, key=key
+            {"w": torch.ones(())}, {"seen": torch.tensor(0.0)}, optimizer, key=key
         )
 
     state = pt.ensemble(init, pt.random.split(pt.random.key(0), 3))
@@ -463,13 +491,47 @@ def test_an_average_of_an_ensemble_is_that_of_each_member():
         )
 
 
-def test_a_run_is_journaled_and_lived_again(tmp_path):
+PROGRAM = """
+import torch
+import puretrain as pt
+
+apply, _, _ = pt.functional(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5)))
+
+
+def loss(params, buffers, batch, key):
+    return apply(params, buffers, batch)[0].square().mean()
+
+
+def run(directory):
     optimizer = pt.optim.adamw(0.01)
-    state, step, arguments = looped("dropout", optimizer)
-    observers = [pt.journal(tmp_path, every=4), pt.checkpoints(tmp_path, every=4)]
-    pt.fit(state, step, **arguments, epochs=2, observers=observers)
-    run = pt.open_run(tmp_path)
-    assert {"loss/mean", "loss/std", "loss/0", "loss/3"} <= set(run.metrics())
+
+    def init(key):
+        return pt.TrainState.create(
+            {"0.weight": torch.rand(2, 3), "0.bias": torch.rand(2)}, None, optimizer, key=key
+        )
+
+    return pt.Run(
+        state=pt.ensemble(init, pt.random.split(pt.random.key(0), 3)),
+        step=pt.ensemble_step(loss, optimizer),
+        batches=pt.batches(torch.arange(24.0).reshape(8, 3) / 24, 2, shuffle=True),
+        epochs=3,
+        reducers=[pt.per_member(pt.early_stopping("train/loss", patience=1))],
+        observers=[pt.journal(directory, every=2), pt.checkpoints(directory, every=4)],
+        directory=directory,
+    )
+"""
+
+
+def test_a_run_is_journaled_and_lived_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    program, directory = tmp_path / "many.py", tmp_path / "run"
+    program.write_text(PROGRAM)
+    assert main(["fit", str(program), f"--directory={directory}"]) == 0
+    metrics = pt.open_run(directory).metrics()
+    assert {"loss/mean", "loss/std", "loss/0", "loss/2"} <= set(metrics)
+    assert main(["replay", str(directory)]) == 0
+    assert "12" in capsys.readouterr().out
+    sys.modules.pop("many", None)
 
 
 # ── What observers show ───────────────────────────────────────────────────────────────────────────
@@ -665,6 +727,8 @@ def test_what_a_step_of_an_ensemble_refuses():
     loss, init = setting("mlp", optimizer)
     with pytest.raises(ConfigurationError, match="precision is one of"):
         pt.ensemble_step(loss, optimizer, precision="16")
+    with pytest.raises(ConfigurationError, match="compile goes with draws=False"):
+        pt.ensemble_step(loss, optimizer, compile=True)
     with pytest.raises(OptimizerError, match="optimizer is an Optimizer"):
         pt.ensemble_step(loss, 0.1)
     keys = pt.random.split(pt.random.key(0), 2)

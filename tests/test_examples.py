@@ -128,3 +128,15 @@ def test_curvature_finds_the_edge_of_stability(tmp_path):
     for value, edge in values[1:]:  # the two larger rates have come there
         assert 0.9 < float(value) / float(edge) < 1.3
     assert float(found(r"two first weights: ([0-9.]+)", out)) > 0.05
+
+
+def test_ensemble_sweeps_and_draws(tmp_path):
+    picture = tmp_path / "sweep.svg"
+    short = ("--members", 6, "--epochs", 4)
+    first = start("ensemble", *short, "--picture", picture)
+    second = start("ensemble", *short, "--population")
+    out = output(first)
+    assert len(re.findall(r"^ +\d+ +[0-9.]+ +[0-9.]+ +(?:\d+|-) ", out, flags=re.MULTILINE)) == 6
+    assert float(found(r"best member +\d+, test accuracy ([0-9.]+)%", out)) > 90
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    assert float(found(r"voting: ([0-9.]+)%", output(second))) > 90
