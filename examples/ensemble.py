@@ -146,8 +146,9 @@ def draw(path, rates, history, accuracy, vote):
     left.set(xlabel="step", ylabel="validation loss", yscale="log")
     left.set_title("one curve for each member; a dot: stopped early", fontsize=9)
     right.scatter(rates, 100 * accuracy, c=colours, zorder=2)
-    right.axhline(100 * vote, linestyle="--", color="gray", linewidth=1)
-    right.text(rates[0], 100 * vote + 0.5, "the best five, voting", color="gray")
+    label = "the best five, voting"
+    right.axhline(100 * vote, linestyle="--", color="gray", linewidth=1, label=label)
+    right.legend(loc="lower left", frameon=False)
     right.set(xlabel="first learning rate", ylabel="test accuracy, %", xscale="log")
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
