@@ -293,42 +293,23 @@ def _update_together(
     methods: Sequence[_Method], grads: Any, state: Any, params: Any, active: Active
 ) -> tuple[Any, Any]:
     """Update members in place, those with equal hyper-parameters and counts by one kernel call."""
+    split, gradients = _taken_apart(methods, grads, state, params)
     first = methods[0]
-    leaves, structure = tree_flatten(params)
-    try:
-        gradients = tree_flatten_up_to(structure, grads)
-        columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in first.slots]
-        rows = {vector: getattr(state, vector) for vector in first.vectors}
-        fits = _fit_together(methods, state, leaves, gradients, columns, rows)
-    except (AttributeError, StructureError):
-        fits = False  # what does not fit is found out below
-    if not fits:
-        member = functools.partial(tree_map, lambda leaf: leaf[0])
-        raise _misfit(first, *map(member, (grads, state, params)))
-    there = [i for i, grad in enumerate(gradients) if grad is not None]
-    counts = state.count.tolist()
+    rows = {vector: getattr(state, vector) for vector in first.vectors}
     kept = {vector: row.tolist() for vector, row in rows.items()}
-    groups: dict[Any, list[int]] = {}
-    if all(map(_all_alike, ([*map(id, methods)], counts, *kept.values()))):
-        groups = {None: [*active]} if active else {}
-    else:
-        for i in active:
-            alike = (id(methods[i]), counts[i], *(tuple(row[i]) for row in kept.values()))
-            groups.setdefault(alike, []).append(i)
-    split = _split(first, [leaves, *columns], there, state.__dict__.get("_split"))
+    groups = _groups(methods, state.count.tolist(), [*kept.values()], active)
     slices: list[Any] = gradients
     if len(groups) > 1:  # each is needed by each member alone
         slices = [None if grad is None else grad.unbind() for grad in gradients]
-    for group in groups.values():
+    for group in groups:
         method, a_member = methods[group[0]], group[0]
         entries = split.entries(tuple(group))
         slopes = split.of(slices if len(group) == 1 else gradients, group)
-        part = {
-            vector: torch.tensor(
-                [row[a_member][i] for i in entries.places], dtype=rows[vector].dtype
-            ).to(rows[vector].device)
-            for vector, row in kept.items()
-        }
+        part = {}
+        for vector, row in kept.items():
+            values = [row[a_member][i] for i in entries.places]
+            old = rows[vector]
+            part[vector] = torch.tensor(values, dtype=old.dtype, device=old.device)
         h = method.fixed or _now(method, state.count[a_member])
         param, *slots = entries.columns
         if entries.direct and all(map(Tensor.is_contiguous, slopes)):
@@ -348,11 +329,61 @@ def _update_together(
         state.count.add_(_ONE)
     else:
         state.count[list(active)] += 1
-    # In new containers, so that those given up can be told from them
-    trees = [tree_unflatten(structure, column) for column in columns]
-    new_state = state.replace(**dict(zip(first.slots, trees, strict=True)))
+    return _put_together(first, split, state, params)
+
+
+def _taken_apart(
+    methods: Sequence[_Method], grads: Any, state: Any, params: Any
+) -> tuple[_Split, list[Tensor | None]]:
+    """The leaves as rows, and the gradients, checked to fit."""
+    known = _known_split(methods, grads, state, params)
+    if known is not None:
+        return known, list(grads._items.values())
+    first = methods[0]
+    leaves, structure = tree_flatten(params)
+    try:
+        gradients = tree_flatten_up_to(structure, grads)
+        columns = [tree_flatten_up_to(structure, getattr(state, slot)) for slot in first.slots]
+        fits = _fit_together(methods, state, leaves, gradients, columns)
+    except (AttributeError, StructureError):
+        fits = False  # what does not fit is found out below
+    if not fits:
+        member = functools.partial(tree_map, lambda leaf: leaf[0])
+        raise _misfit(first, *map(member, (grads, state, params)))
+    there = [i for i, grad in enumerate(gradients) if grad is not None]
+    whole = [first.elementwise and _rounds_alike(leaf) for leaf in leaves]
+    return _Split(first, [leaves, *columns], there, whole, {}, [], []), gradients
+
+
+def _groups(
+    methods: Sequence[_Method], counts: list[int], kept: list[list[list[float]]], active: Active
+) -> list[list[int]]:
+    """The active members that one kernel call can update."""
+    if all(_all_alike(values) for values in ([*map(id, methods)], counts, *kept)):
+        return [[*active]] if active else []
+    groups: dict[Any, list[int]] = {}
+    for i in active:
+        alike = (id(methods[i]), counts[i], *(tuple(row[i]) for row in kept))
+        groups.setdefault(alike, []).append(i)
+    return [*groups.values()]
+
+
+def _put_together(method: _Method, split: _Split, state: Any, params: Any) -> tuple[Any, Any]:
+    """The trees again, in new containers, so that those given up can be told from them."""
+    leaves, *columns = split.columns
+    if type(params) is FrozenDict and len(params) == len(leaves):
+        names = params._items
+        new_params: Any = frozen_dict(names, leaves)
+        trees: list[Any] = [frozen_dict(names, column) for column in columns]
+        kinds = [(x.shape, x.dtype) for x in leaves]
+        split = split._replace(params=[weakref.ref(new_params)], kinds=kinds)
+    else:
+        structure = tree_structure(params)
+        new_params = tree_unflatten(structure, leaves)
+        trees = [tree_unflatten(structure, column) for column in columns]
+    new_state = state.replace(**dict(zip(method.slots, trees, strict=True)))
     new_state.__dict__["_split"] = split
-    return tree_unflatten(structure, leaves), new_state
+    return new_params, new_state
 
 
 def _all_alike(values: list[Any]) -> bool:
@@ -370,18 +401,25 @@ class _Entries(NamedTuple):
     """Whether the fused kernel takes them as they are."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Stacked leaves in rows, or in several rows at once where that makes no difference."""
+class _Split(NamedTuple):
+    """Stacked leaves in rows, or in several rows at once where that makes no difference.
+
+    It is noted beside an immutable state, and holds as long as that comes with the same parameters.
+    """
 
     method: _Method
     columns: list[Column]
+    """The leaves of the parameters and of each slot."""
     there: list[int]
     """The leaves that have a gradient."""
     whole: list[bool]
     """Whether the rows of a leaf may be taken together."""
     known: dict[tuple[int, ...], _Entries]
     """Those of each group so far."""
+    params: list[weakref.ReferenceType[FrozenDict[Tensor]]]
+    """The parameters that it belongs to; empty if they are no plain frozen dict."""
+    kinds: list[tuple[Any, Any]]
+    """The shape and dtype of each leaf."""
 
     def entries(self, group: tuple[int, ...]) -> _Entries:
         found = self.known.get(group)
@@ -395,6 +433,8 @@ class _Split:
                 and all(map(Tensor.is_contiguous, chain(*columns)))
                 and len({(x.device, x.dtype) for x in columns[0]}) == 1
             )
+            if len(self.known) > 4 * self.columns[0][0].shape[0]:  # groups that do not come again
+                self.known.clear()
             found = self.known[group] = _Entries(places, columns, direct)
         return found
 
@@ -416,18 +456,30 @@ class _Split:
         return found
 
 
-def _split(method: _Method, columns: list[Column], there: list[int], before: Any) -> _Split:
-    """How leaves are split, as it was for the last update if they are still the same."""
-    same = (
-        before is not None
-        and before.there == there
-        and before.method.fused_kernel is method.fused_kernel
-        and all(a is b for a, b in zip(chain(*columns), chain(*before.columns), strict=True))
-    )
-    if same:
-        return cast(_Split, before)
-    whole = [method.elementwise and _rounds_alike(leaf) for leaf in columns[0]]
-    return _Split(method, columns, there, whole, {})
+def _known_split(methods: Sequence[_Method], grads: Any, state: Any, params: Any) -> _Split | None:
+    """What the last update found out, if it is about these parameters and the gradients fit."""
+    split: _Split | None = getattr(state, "__dict__", {}).get("_split")
+    own = split.params[0]() if split is not None and split.params else None
+    if split is None or own is None or own is not params:
+        return None
+    first = split.method
+    if any(
+        method is not first
+        and (method.state_type, method.fused_kernel is None, method.slots.keys())
+        != (first.state_type, first.fused_kernel is None, first.slots.keys())
+        for method in methods
+    ):
+        return None
+    if type(grads) is not FrozenDict or [*grads._items] != [*own._items]:
+        return None
+    there = grads._items.values()
+    if len(split.there) != len(there):
+        return None
+    try:
+        kinds = [(x.shape, x.dtype) for x in there]
+    except AttributeError:  # a leaf without a gradient
+        return None
+    return split if kinds == split.kinds else None
 
 
 def _rounds_alike(leaf: Tensor) -> bool:
@@ -453,9 +505,9 @@ def _fit_together(
     leaves: Column,
     gradients: list[Tensor | None],
     columns: list[Column],
-    rows: Mapping[str, Tensor],
 ) -> bool:
     first, members = methods[0], len(methods)
+    rows = {vector: getattr(state, vector) for vector in first.vectors}
     kinds = {(method.state_type, *method.slots, *method.vectors) for method in methods}
     return (
         len(kinds) == 1
