@@ -589,8 +589,8 @@ def _check_single(state: TrainState) -> None:
     if state.step.dim():
         raise StructureError(
             f"state.step has the shape {tuple(state.step.shape)}: these are several states in one, "
-            "but a run has one place in its data. Apply torch.func.vmap inside of the step, to the "
-            "parts that differ (params, opt_state, …), and let the members share the rest"
+            "but a run has one place in its data. Make an ensemble of them with "
+            "puretrain.ensemble, whose members share it, and a step with puretrain.ensemble_step"
         )
 
 
