@@ -359,7 +359,8 @@ def _groups(
     methods: Sequence[_Method], counts: list[int], kept: list[list[list[float]]], active: Active
 ) -> list[list[int]]:
     """The active members that one kernel call can update."""
-    if all(_all_alike(values) for values in ([*map(id, methods)], counts, *kept)):
+    columns: list[list[Any]] = [[*map(id, methods)], counts, *kept]
+    if all(map(_all_alike, columns)):
         return [[*active]] if active else []
     groups: dict[Any, list[int]] = {}
     for i in active:
