@@ -325,9 +325,9 @@ def ensemble_step(
             shape ``(members,)``.
         draws: as there.
         compile: let ``torch.compile`` make one graph of the forward and backward passes of all
-            members, which takes a minute the first time and pays for small models; or the name of
-            its backend. It needs ``draws=False``, ``vectorize=True`` and the precision ``'32'``. A
-            member then agrees with its own run to rounding only.
+            members, which takes its time at the first step and pays for small models; or the name
+            of its backend. It needs ``draws=False``, ``vectorize=True`` and the precision ``'32'``.
+            A member then agrees with its own run to rounding only.
 
     Raises:
         ConfigurationError: an argument has no such value, or ``compile`` can't go with another.
@@ -517,8 +517,8 @@ class _OverMembers:
         return tree_stack(results)
 
     def _vectorized(self, count: int, arguments: Sequence[Any]) -> Any:
-        # This is torch.func.vmap without its walks over the trees, which take a sixth of a small
-        # step. Under it, a hook on saved tensors would run where the members are gone.
+        # This is torch.func.vmap without its walks over the trees, which show in a small step.
+        # Under it, a hook on saved tensors would run where the members are gone.
         _vmap.lazy_load_decompositions()  # type: ignore[attr-defined]
         with torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
             level = _functorch._vmap_increment_nesting(count, "different")
@@ -719,9 +719,9 @@ def per_member(
     With :func:`puretrain.early_stopping` members stop one after the other: one that has stopped
     stays as it is, to the bit, and the run ends with the last. With
     :func:`puretrain.reduce_on_plateau` each has its own learning rate, with
-    :func:`puretrain.best_k` its own best steps. It takes a turn for each member, about 0.1 ms; a
-    reducer that only computes with parameters, as :func:`puretrain.ema` does, takes the whole state
-    of an ensemble as it is.
+    :func:`puretrain.best_k` its own best steps. It takes a turn for each member; a reducer
+    that only computes with parameters, as :func:`puretrain.ema` does, takes the whole state of an
+    ensemble as it is.
 
     Args:
         reducer: for the state of a single run.
