@@ -524,10 +524,7 @@ class _OverMembers:
             level = _functorch._vmap_increment_nesting(count, "different")
             try:
                 own = [x if axis is None else _lifted(x, level) for x, axis in self._zip(arguments)]
-                results = self._function(*own)
-                return tree_map(
-                    lambda leaf: _functorch._remove_batch_dim(leaf, level, count, 0), results
-                )
+                return _stacked(self._function(*own), level, count)
             finally:
                 _functorch._vmap_decrement_nesting()
 
@@ -556,12 +553,30 @@ def _lifted(tree: Any, level: int) -> Any:
     )
 
 
+def _stacked(tree: Any, level: int, count: int) -> Any:
+    """What one member sees, as the tree of all."""
+    kind = type(tree)
+    if kind is Tensor:
+        return _functorch._remove_batch_dim(tree, level, count, 0)
+    if kind is FrozenDict:
+        return frozen_dict(tree.keys(), [_stacked(x, level, count) for x in tree.values()])
+    if kind is tuple:
+        return tuple([_stacked(x, level, count) for x in tree])
+    if kind is Aux:
+        return tree.replace(
+            buffers=_stacked(tree.buffers, level, count),
+            metrics=_stacked(tree.metrics, level, count),
+        )
+    return tree_map(lambda leaf: _functorch._remove_batch_dim(leaf, level, count, 0), tree)
+
+
 def _row(tree: Any, index: int) -> Any:
     return tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _count(params: Any) -> int:
-    return len(tree_leaves(params)[0])
+    leaf = next(iter(params.values())) if type(params) is FrozenDict and params else params
+    return int((leaf if isinstance(leaf, Tensor) else tree_leaves(params)[0]).shape[0])
 
 
 def _as_tensor(value: Any) -> Any:

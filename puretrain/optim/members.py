@@ -65,10 +65,13 @@ def together(
     parts: Sequence[Any], grads: Any, state: Any, params: Any, active: Active
 ) -> tuple[Any, Any]:
     """Update in the memory of the arguments; see :func:`update_members`."""
-    ways = [part.update.together for part in parts if hasattr(part.update, "together")]
-    if len(ways) < len(parts) or len({way.update for way in ways}) > 1:
+    first: Together | None = getattr(parts[0].update, "together", None)
+    ways: list[Any] = [first] * len(parts)
+    if any(part is not parts[0] for part in parts):
+        ways = [getattr(part.update, "together", None) for part in parts]
+    if first is None or any(way is None or way.update is not first.update for way in ways):
         return one_after_the_other(parts, grads, state, params, active)
-    new: tuple[Any, Any] = ways[0].update([way.own for way in ways], grads, state, params, active)
+    new: tuple[Any, Any] = first.update([way.own for way in ways], grads, state, params, active)
     return new
 
 
