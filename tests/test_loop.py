@@ -409,7 +409,7 @@ def test_an_ensemble_passes_through():
         expected = pt.fit(member, single, source, epochs=2, observers=[look])
         torch.testing.assert_close(end.params["w"][i], expected.params["w"])
         torch.testing.assert_close(means[1][i], means[alone_means + 1])
-    with pytest.raises(StructureError, match=r"state.step has the shape \(3,\).*vmap inside"):
+    with pytest.raises(StructureError, match=r"state.step has the shape \(3,\).*puretrain.ensemble_step"):
         pt.fit(pt.tree.tree_stack(members), step, source, epochs=1)
 
 
