@@ -171,8 +171,6 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
     def __init__(self, key: Tensor) -> None:
         self._before: list[tuple[torch.Generator, Tensor]] = []
         self._members: Any = None
-        if not (torch.compiler.is_compiling() and _seeded):
-            _check(key)
         self._key = key
 
     def __enter__(self) -> None:

@@ -409,7 +409,8 @@ def test_an_ensemble_passes_through():
         expected = pt.fit(member, single, source, epochs=2, observers=[look])
         torch.testing.assert_close(end.params["w"][i], expected.params["w"])
         torch.testing.assert_close(means[1][i], means[alone_means + 1])
-    with pytest.raises(StructureError, match=r"state.step has the shape \(3,\).*puretrain.ensemble_step"):
+    message = r"state.step has the shape \(3,\).*puretrain.ensemble_step"
+    with pytest.raises(StructureError, match=message):
         pt.fit(pt.tree.tree_stack(members), step, source, epochs=1)
 
 
