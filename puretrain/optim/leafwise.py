@@ -8,7 +8,6 @@ plain tensors a *kernel*, if there is one, computes the same in place: one of to
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import numbers
 import weakref
