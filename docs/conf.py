@@ -1,6 +1,12 @@
 """Sphinx configuration: Markdown pages, and a reference drawn from the docstrings."""
 
+import pathlib
+import sys
+
 import puretrain
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import draw_rooms
 
 project = "puretrain"
 author = copyright = "The puretrain developers"
@@ -38,5 +44,12 @@ def plain_attribute(app, what, name, obj, options, lines):
         lines[:0] = ["..", ""]  # an empty comment, so that the first line has no colon
 
 
+def draw_architecture(app, name, source):
+    """Put the picture of the rooms into its page."""
+    if name == "architecture":
+        source[0] = draw_rooms.with_picture(source[0])
+
+
 def setup(app):
+    app.connect("source-read", draw_architecture)
     app.connect("autodoc-process-docstring", plain_attribute, priority=400)  # before napoleon's 500

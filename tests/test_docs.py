@@ -1,0 +1,54 @@
+"""What the pages claim: the tests and files that they name, and the picture of the architecture."""
+
+import pathlib
+import re
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import draw_rooms
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_files_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:tests|examples|benchmarks|puretrain|docs)/[\w/-]+\.\w+", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_tests_that_a_page_names_are_there(page):
+    text = " ".join(page.read_text(encoding="utf-8").split())  # a command may be wrapped
+    for file, quoted, word in re.findall(r'`(tests/[\w/]+\.py) -k (?:"([^"]+)"|(\w+))`', text):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        tests = re.findall(r"^ *def (test_\w+)", source, flags=re.MULTILINE)
+        for part in (quoted or word).split(" or "):
+            assert any(part in test for test in tests), f"{file} has no test {part!r}"
+
+
+def test_each_room_has_its_paragraph():
+    assert sorted(draw_rooms.paragraphs(ARCHITECTURE)) == sorted(draw_rooms.rooms(ARCHITECTURE))
+
+
+def test_the_picture_shows_the_imports():
+    order = draw_rooms.rooms(ARCHITECTURE)
+    pairs = draw_rooms.imports(order)
+    assert {("step", "optim"), ("loop", "state"), ("cli", "checkpoint")} <= pairs
+    page = draw_rooms.with_picture(ARCHITECTURE)
+    (drawn,) = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    space = "{http://www.w3.org/2000/svg}"
+    svg = ET.fromstring(drawn)
+    assert sorted(text.text for text in svg.iter(f"{space}text")) == sorted(2 * order)
+    dots = list(svg.iter(f"{space}circle"))
+    assert len(dots) == len(pairs)
+    assert all(float(dot.get("cx")) < float(dot.get("cy")) for dot in dots)  # below the diagonal
