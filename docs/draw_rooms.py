@@ -49,10 +49,14 @@ def picture(order, pairs):
     size = len(order) * CELL
     width, height = LABELS + size + LABELS // 2, size + LABELS
     place = {room: number * CELL + CELL // 2 for number, room in enumerate(order)}
+    style = (
+        ".rooms {max-width: 100%; height: auto; fill: currentColor; font: 12px sans-serif} "
+        ".guide {stroke: currentColor; stroke-opacity: 0.15; fill: none}"
+    )
+    box = f'width="{width}" viewBox="0 0 {width} {height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" role="img" font-family="sans-serif" font-size="12" '
-        'fill="currentColor" style="max-width: 100%; height: auto">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="rooms" role="img" {box}>',
+        f"<style>{style}</style>",
         "<title>Which room imports which: all dots lie below the diagonal</title>",
     ]
     for room, middle in place.items():
@@ -60,8 +64,7 @@ def picture(order, pairs):
         lines += [
             f'<text x="{LABELS - 8}" y="{y + 4}" text-anchor="end">{room}</text>',
             f'<text transform="translate({x + 4} {LABELS - 8}) rotate(-60)">{room}</text>',
-            f'<path d="M{LABELS} {y}H{x}V{LABELS + size}" stroke="currentColor" '
-            'stroke-opacity="0.15" fill="none"/>',
+            f'<path d="M{LABELS} {y}H{x}V{LABELS + size}" class="guide"/>',
             f'<rect x="{x - 4}" y="{y - 4}" width="8" height="8" fill-opacity="0.3"/>',
         ]
     for one, other in sorted(pairs, key=lambda pair: (place[pair[0]], place[pair[1]])):

@@ -2,15 +2,14 @@
 
 import pathlib
 import re
-import sys
+import runpy
+import types
 import xml.etree.ElementTree as ET
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
-import draw_rooms
-
+draw_rooms = types.SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "draw_rooms.py")))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
