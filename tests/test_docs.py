@@ -35,6 +35,29 @@ def test_the_tests_that_a_page_names_are_there(page):
             assert any(part in test for test in tests), f"{file} has no test {part!r}"
 
 
+def prose(page):
+    """The text of a page without its blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as both Sphinx and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page if not path else (page.parent / path)
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
 def test_each_room_has_its_paragraph():
     assert sorted(draw_rooms.paragraphs(ARCHITECTURE)) == sorted(draw_rooms.rooms(ARCHITECTURE))
 
