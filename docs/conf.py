@@ -32,6 +32,15 @@ python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
+# A reference that leads nowhere is an error, except for what has no page: other packages, type
+# variables, and what annotations name out of the inside of a room.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!puretrain\.).*"),
+    ("py:class|py:obj", r"puretrain\..*\.[A-Z]"),
+    ("py:class", r"puretrain\.(\w+\.\w+\.|.*\._).*"),
+]
+
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -50,6 +59,21 @@ def draw_architecture(app, name, source):
         source[0] = draw_rooms.with_picture(source[0])
 
 
+def find_room(app, env, node, content):
+    """Let a reference to a public name, as ``puretrain.fit``, lead to the room that has it."""
+    names = node.get("reftarget", "").split(".")
+    if node.get("refdomain") != "py" or names[0] != "puretrain":
+        return None
+    domain = env.get_domain("py")
+    for name in domain.objects:
+        parts = name.split(".")
+        if parts[0] == "puretrain" and parts[2:] == names[1:]:
+            place = (env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+            return domain.resolve_xref(*place)
+    return None
+
+
 def setup(app):
+    app.connect("missing-reference", find_room)
     app.connect("source-read", draw_architecture)
     app.connect("autodoc-process-docstring", plain_attribute, priority=400)  # before napoleon's 500
