@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from puretrain.checkpoint import load, newest
 from puretrain.checkpoint.places import file_name, is_url, plain, shown
@@ -17,7 +17,19 @@ from puretrain.loop import Event, Observer, Reducer, Validation, fit, prepare
 from puretrain.state import TrainState
 from puretrain.step import Step
 
-__all__ = ["Run", "command_line", "new_directory"]
+__all__ = ["Run", "Together", "command_line", "new_directory"]
+
+T = TypeVar("T")
+
+
+class Together(NamedTuple):
+    """What the processes of a run must do as one; see :func:`puretrain.sharding.distribute`."""
+
+    agree: Callable[[int], int]
+    """After which step to end: ``agree`` of :func:`puretrain.fit`."""
+    decide: Callable[[Callable[[], Any]], Any]
+    """Calls a function in the first process only. All return what it returned there, a plain
+    value, or raise what it raised."""
 
 
 class Run(NamedTuple):
@@ -58,6 +70,9 @@ class Run(NamedTuple):
     """What to validate on, and when."""
     directory: str | os.PathLike[str] | None = None
     """Where the checkpoints of the run are, a path or a URL; needed to resume it."""
+    together: Together | None = None
+    """What the processes of the run do as one. It is in the run, since :meth:`fit` ends by it, and
+    :meth:`resumed` must find the same checkpoint in all. None: there is one process."""
 
     def fit(self, resume: bool | str | os.PathLike[str] = False) -> TrainState:
         """Train to the end, from the beginning or from a checkpoint.
@@ -86,28 +101,38 @@ class Run(NamedTuple):
             reducers=run.reducers,
             observers=run.observers,
             validation=run.validation,
+            agree=None if run.together is None else run.together.agree,
         )
 
     def resumed(self, resume: bool | str | os.PathLike[str] = True) -> Run:
         """The same run with the state of a checkpoint; arguments and errors as for :meth:`fit`."""
+        path = self._decide(lambda: self._found(resume))
+        return self if path is None else self._from(path)
+
+    def _decide(self, function: Callable[[], T]) -> T:
+        if self.together is None:
+            return function()
+        decided: T = self.together.decide(function)
+        return decided
+
+    def _found(self, resume: bool | str | os.PathLike[str]) -> str | None:
+        """The checkpoint to go on from, if there is one."""
         if not isinstance(resume, bool):
-            return self._from(_existing(resume))
+            return os.fspath(_existing(resume))
         if self.directory is None:
             if resume:
                 raise ConfigurationError(
                     "the run has no directory to look for checkpoints in: give Run(directory=…), "
                     "or the path of a checkpoint to resume from"
                 )
-            return self
+            return None
         path = newest(self.directory)
-        if resume:
-            return self if path is None else self._from(path)
-        if path is not None:
+        if path is not None and not resume:
             raise ConfigurationError(
                 f"{shown(self.directory)} has the checkpoints of an earlier run (the newest is "
                 f"{file_name(path)}): resume it, or begin in another directory"
             )
-        return self
+        return None if path is None else os.fspath(path)
 
     def _from(self, path: Path | str) -> Run:
         return self._replace(state=load(path, like=prepare(self.state, self.reducers)))

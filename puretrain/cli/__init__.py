@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rooms = (training, checkpoints, conversion, replaying, explaining)
     for command in [command for room in rooms for command in room.add_commands(commands)]:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else [*arguments]
+    options = parser.parse_args(given, argparse.Namespace(arguments=given))
     try:
         return int(options.run(options))
     except PuretrainError as error:

@@ -7,9 +7,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from puretrain.checkpoint import Found, find_checkpoint, load, save
 from puretrain.checkpoint.places import file_name, is_url, shown
@@ -19,11 +21,29 @@ from puretrain.loop import Event, Interrupted
 from puretrain.metrics import compute_all
 from puretrain.replay.program import load_run
 from puretrain.run import Run, command_line
+from puretrain.sharding import distribute, processes
+from puretrain.sharding.launch import is_worker, launch, telling_launcher
 from puretrain.state import TrainState
 from puretrain.tree import tree_digest
 from puretrain.tuning import lr_find
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 __all__ = ["add_commands"]
+
+T = TypeVar("T")
+
+_TIMEOUT = 600.0
+_PROCESS_OPTIONS = {
+    "nproc": None,
+    "logical_shards": None,
+    "nnodes": "1",
+    "rdzv_endpoint": None,
+    "rdzv_id": None,
+    "max_restarts": 0,
+    "timeout": _TIMEOUT,
+}
 
 _FIT = """\
 Train what a Python file describes. The file makes a puretrain.Run: either a variable that is one,
@@ -38,6 +58,8 @@ examples:
   puretrain fit examples/digits.py
   puretrain fit examples/digits.py --directory runs/slow --set lr=1e-4
   puretrain fit examples/digits.py --directory runs/slow --set lr=1e-4 --resume
+  puretrain fit train.py --nproc 4
+  puretrain fit train.py --nproc 4 --logical-shards 8 --resume --max-restarts 3
 
 exit status: 0 at the end of the run, 2 after an error, 130 after Ctrl-C and 143 after SIGTERM; the
 state is saved then, and --resume goes on from it.
@@ -81,7 +103,42 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="go on from this checkpoint, or the newest good one of this or the run's directory",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_process_options(parser)
     return [parser, _add_lr_find(commands)]
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes", "as of torchrun, which may start `-m puretrain fit` as well"
+    )
+    group.add_argument("--nproc", type=int, metavar="N", help="processes on this host")
+    group.add_argument(
+        "--logical-shards",
+        type=int,
+        metavar="L",
+        help="divide batches into L parts, for the same bits with any N that divides L",
+    )
+    group.add_argument(
+        "--nnodes", default="1", metavar="MIN[:MAX]", help="hosts, each with this command"
+    )
+    group.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="where the hosts meet: one of them"
+    )
+    group.add_argument("--rdzv-id", metavar="ID", help="the name of the run there")
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="start all again up to R times when one has failed; with --resume",
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=_TIMEOUT,
+        metavar="SECONDS",
+        help="end when a process has let the others wait for so long; default: 600",
+    )
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +207,36 @@ def _lr_find(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    # The user's file and the observers may print; with --json only the result goes to stdout.
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        run = _load_run(options)
+    if is_worker():
+        with telling_launcher(), processes(timeout=options.timeout) as mesh:
+            return _train(options, mesh)
+    if options.max_restarts and options.resume is not True:
+        raise ConfigurationError(
+            "--max-restarts needs --resume (without a file): when the processes are started again, "
+            "they go on from the newest checkpoint of the run's directory"
+        )
+    if (options.nproc or 1) > 1 or options.nnodes != "1" or options.max_restarts:
+        return launch(
+            ["-m", "puretrain", *options.arguments],
+            nproc=options.nproc or 1,
+            nnodes=options.nnodes,
+            rdzv_endpoint=options.rdzv_endpoint,
+            rdzv_id=options.rdzv_id,
+            max_restarts=options.max_restarts,
+            patience=options.timeout + 30,
+            debug=options.debug,
+        )
+    if options.nproc is None and options.logical_shards is None:
+        return _train(options, None)
+    if options.logical_shards is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as several processes would have it: the bits depend on it
+    with processes(timeout=options.timeout) as mesh:
+        return _train(options, mesh)
+
+
+def _train(options: argparse.Namespace, mesh: DeviceMesh | None) -> int:
+    with _output(options, mesh):
+        run = _load_run(options, mesh)
         last: dict[str, Any] = {}
 
         def remember(state: Any, event: Event) -> None:
@@ -160,29 +244,64 @@ def _fit(options: argparse.Namespace) -> int:
                 last.update(event.metrics)
 
         run = run._replace(observers=(*run.observers, remember))
-        resume = _resume_from(run, options.resume)
+        if mesh is not None:
+            run = distribute(run, mesh, logical_shards=options.logical_shards)
+        resume = _decide(run, lambda: _resume_from(run, options.resume))
         try:
             state, signal_number = run.fit(resume), 0
         except Interrupted as interrupted:
             state, signal_number = interrupted.state, interrupted.signal_number
-    result = {
-        "interrupted": signal.Signals(signal_number).name if signal_number else None,
-        "step": int(state.step),
-        "epoch": int(state.cursor.epoch),
-        "metrics": {
-            name: value.tolist() for name, value in {**compute_all(state.metrics), **last}.items()
-        },
-        "digest": tree_digest(state),
-        "checkpoint": _newest_or_saved(run, state, save_it=signal_number != 0),
-        "resume": _resume_command(options, further=signal_number == 0),
-    }
-    if signal_number:
-        _report_interrupt(signal_number, result)
-    if options.json:
-        write_json(result)
-    elif not signal_number:
-        _report(result)
+
+    def ending() -> None:
+        """What one process does at the end, while the others wait for it."""
+        result = {
+            "interrupted": signal.Signals(signal_number).name if signal_number else None,
+            "step": int(state.step),
+            "epoch": int(state.cursor.epoch),
+            "metrics": {
+                name: value.tolist()
+                for name, value in {**compute_all(state.metrics), **last}.items()
+            },
+            "digest": tree_digest(state),
+            "checkpoint": _newest_or_saved(run, state, save_it=signal_number != 0),
+            "resume": _resume_command(options, further=signal_number == 0),
+        }
+        if signal_number:
+            _report_interrupt(signal_number, result)
+        if options.json:
+            write_json(result)
+        elif not signal_number:
+            _report(result)
+
+    _decide(run, ending)
     return 128 + signal_number if signal_number else 0
+
+
+def _decide(run: Run, function: Callable[[], T]) -> T:
+    """Call a function; of several processes only the first one does, for all."""
+    if run.together is None:
+        return function()
+    decided: T = run.together.decide(function)
+    return decided
+
+
+@contextlib.contextmanager
+def _output(options: argparse.Namespace, mesh: DeviceMesh | None) -> Iterator[None]:
+    """Where the user's file and the observers print to: of several processes only one does.
+
+    With --json only the result goes to stdout.
+    """
+    if mesh is not None and mesh.get_rank():
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
+            yield
+    elif options.json:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    else:
+        yield
 
 
 def _newest_or_saved(run: Run, state: TrainState, *, save_it: bool) -> str | None:
@@ -230,14 +349,19 @@ def _resume_command(options: argparse.Namespace, *, further: bool) -> str:
         if value is not None and not (further and option in ("epochs", "steps")):
             words += [f"--{option}", str(value)]
     words += [word for assignment in options.set for word in ("--set", assignment)]
+    for option, default in _PROCESS_OPTIONS.items():
+        value = getattr(options, option)
+        if value != default:
+            words += [f"--{option.replace('_', '-')}", str(value)]
     return command_line("puretrain", *words, "--resume") + (" --epochs N" if further else "")
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _load_run(options: argparse.Namespace) -> Run:
-    return load_run(options.target, given_arguments(options))
+def _load_run(options: argparse.Namespace, mesh: DeviceMesh | None = None) -> Run:
+    offered = {} if mesh is None else {"mesh": mesh}
+    return load_run(options.target, given_arguments(options), offered)
 
 
 def given_arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -89,7 +89,11 @@ def _is_plain(value: Any) -> bool:
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_run(target: str, given: Mapping[str, Any] | None = None) -> Run:
+def load_run(
+    target: str,
+    given: Mapping[str, Any] | None = None,
+    offered: Mapping[str, Any] | None = None,
+) -> Run:
     """Make the run that a Python file describes.
 
     Args:
@@ -97,12 +101,13 @@ def load_run(target: str, given: Mapping[str, Any] | None = None) -> Run:
             ``run``, or else the only variable that is a run.
         given: arguments for the function. Strings are read in the type of the parameter's default.
             ``epochs`` and ``steps`` replace the run's own if the function has no such parameter.
+        offered: further arguments, for those parameters that the function has.
 
     Raises:
         ConfigurationError: there is no such file or name, or the arguments do not fit.
     """
     path, name = split_target(target)
-    return make_run(path, name, given or {})
+    return make_run(path, name, given or {}, offered=offered)
 
 
 def make_run(
@@ -110,6 +115,7 @@ def make_run(
     name: str | None,
     given: Mapping[str, Any],
     recorded: Mapping[str, Any] | None = None,
+    offered: Mapping[str, Any] | None = None,
 ) -> Run:
     """As :func:`load_run`, with the file and the name apart.
 
@@ -121,7 +127,8 @@ def make_run(
         parameters = inspect.signature(made).parameters
         own = {key: given.pop(key) for key in [*given] if key in parameters}
         own = {key: _convert(key, own[key], parameters[key].default) for key in own}
-        made = _call(made, {**(recorded or {}), **own}, path)
+        taken = {key: value for key, value in (offered or {}).items() if key in parameters}
+        made = _call(made, {**(recorded or {}), **taken, **own}, path)
     fields: dict[str, Any] = {key: given.pop(key) for key in ("epochs", "steps") if key in given}
     if given:
         raise ConfigurationError(
@@ -192,7 +199,8 @@ def _call(function: Any, arguments: dict[str, Any], path: Path) -> Run:
                 parameter.VAR_KEYWORD,
             )
         ):
-            raise ConfigurationError(f"{where} needs a value for {key}: give --set {key}=VALUE")
+            advice = "start it with --nproc N" if key == "mesh" else f"give --set {key}=VALUE"
+            raise ConfigurationError(f"{where} needs a value for {key}: {advice}")
     unknown = [key for key in arguments if key not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigurationError(

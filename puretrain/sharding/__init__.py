@@ -9,6 +9,7 @@ from puretrain.sharding.batch_norm import sync_batch_norm
 from puretrain.sharding.checkpoint import checkpoints, latest, load, save
 from puretrain.sharding.data_parallel import all_reduce, ddp, divide, dp, elastic, eval_across
 from puretrain.sharding.processes import agreement, device_of, everyone, on_rank_zero, processes
+from puretrain.sharding.run import distribute
 from puretrain.sharding.uneven import uneven
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "checkpoints",
     "ddp",
     "device_of",
+    "distribute",
     "divide",
     "dp",
     "elastic",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from puretrain.errors import ConfigurationError
-from puretrain.loop import Observer
+from puretrain.loop import Interrupted, Observer
 
 __all__ = ["agreement", "device_of", "everyone", "on_rank_zero", "processes"]
 
@@ -86,6 +86,12 @@ def processes(
                 "divide their number"
             )
         yield init_device_mesh(device, (world_size // shard, shard), mesh_dim_names=(DATA, SHARD))
+    except Interrupted:
+        # What starts the processes kills the others soon after one has ended, and the first one may
+        # still be saving the state.
+        if mine:
+            dist.barrier()
+        raise
     finally:
         if mine:
             # Gloo's threads let go of the last call's tensors a moment after it has returned, and
@@ -150,11 +156,15 @@ def device_of(mesh: DeviceMesh) -> torch.device:
 def on_rank_zero(mesh: DeviceMesh, observers: Iterable[Observer]) -> list[Observer]:
     """The observers in the first process, none in the others: one of them writes for all.
 
+    Except for an observer that has a true attribute ``on_every_process``, because its processes
+    work together.
+
     >>> with processes() as mesh:
     ...     len(on_rank_zero(mesh, [print]))
     1
     """
-    return list(observers) if mesh.get_rank() == 0 else []
+    first = mesh.get_rank() == 0
+    return [one for one in observers if first or getattr(one, "on_every_process", False)]
 
 
 def agreement(mesh: DeviceMesh) -> Callable[[int], int]:

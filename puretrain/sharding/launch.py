@@ -1,0 +1,223 @@
+"""Starting the processes of a run, watching over them, and starting them again: torchrun, inside.
+
+The agent of torchrun (``torch.distributed.elastic``) does the work. What is added here is what is
+shown: the traceback of the process that failed first, once, and nothing of those that failed
+because it was gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from puretrain.errors import ConfigurationError, PuretrainError
+
+__all__ = ["is_worker", "launch", "telling_launcher"]
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_ENDED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+# ── In a process that was started ─────────────────────────────────────────────────────────────────
+
+
+def is_worker() -> bool:
+    """Whether this process was started by torchrun, by :func:`launch`, or by their like."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def telling_launcher() -> Iterator[None]:
+    """Let an exception be told by what has started this process, which knows whose was the first.
+
+    The exception becomes a ``SystemExit`` with the status 2. Without torchrun it passes.
+    """
+    file = os.environ.get(_ERROR_FILE)
+    try:
+        yield
+    except Exception as error:
+        if file is None:
+            raise
+        facts = {
+            "py_callstack": traceback.format_exc(),
+            "timestamp": str(int(time.time())),  # what torchrun reads
+            "nanoseconds": time.time_ns(),
+            "ours": str(error) if isinstance(error, PuretrainError) else None,
+        }
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": facts}
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump({"message": message}, stream)
+        raise SystemExit(2) from error
+
+
+# ── In the process that starts them ───────────────────────────────────────────────────────────────
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    nproc: int,
+    nnodes: str = "1",
+    rdzv_endpoint: str | None = None,
+    rdzv_id: str | None = None,
+    max_restarts: int = 0,
+    patience: float = 630.0,
+    debug: bool = False,
+) -> int:
+    """Run a Python program in several processes, on this host and perhaps on others.
+
+    If one of them fails, the others are ended within seconds, and what the first one has said of
+    its exception (see :func:`telling_launcher`) is printed to stderr. Ctrl-C and SIGTERM are handed
+    to all of them; a second one kills them.
+
+    ``OMP_NUM_THREADS`` is 1 in them unless it is set, if there are several.
+
+    Args:
+        command: the arguments of the Python interpreter: ``["-m", "puretrain", "fit", …]``.
+        nproc: processes on this host.
+        nnodes: the number of hosts, or its bounds as ``"MIN:MAX"``. The same command is given on
+            each of them.
+        rdzv_endpoint: ``HOST:PORT`` of one of the hosts, where all meet.
+        rdzv_id: the name of the run there, the same on all hosts.
+        max_restarts: how often all processes are started again after one has failed.
+        patience: for how many seconds to wait for the processes after a signal.
+        debug: show tracebacks of errors of ours, and what torchrun logs.
+
+    Returns:
+        The exit status: 0, or 130 and 143 after Ctrl-C and SIGTERM, or 2.
+
+    Raises:
+        ConfigurationError: an argument is out of its range, or the hosts could not meet.
+    """
+    low, high = _bounds(nnodes)
+    if nproc < 1 or max_restarts < 0:
+        what = f"nproc={nproc}" if nproc < 1 else f"max_restarts={max_restarts}"
+        raise ConfigurationError(f"{what}: there is at least one process, and 0 restarts or more")
+    if high > 1 and rdzv_endpoint is None:
+        raise ConfigurationError(
+            f"{nnodes} hosts need a place to meet: give --rdzv-endpoint HOST:PORT, one of the "
+            "hosts and a free port on it, the same on all hosts"
+        )
+    if high == 1 and rdzv_endpoint is None:
+        rdzv_endpoint, rdzv_id = "localhost:0", str(uuid.uuid4())
+    if nproc > 1 or high > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not debug:
+        _silence()
+    # The agents of all hosts must have the same name for the run.
+    return _run(
+        command,
+        nproc=nproc,
+        nodes=(low, high),
+        endpoint=rdzv_endpoint or "",
+        run_id=rdzv_id or "puretrain",
+        max_restarts=max_restarts,
+        patience=int(patience),
+        debug=debug,
+    )
+
+
+def _bounds(nnodes: str) -> tuple[int, int]:
+    low, colon, high = str(nnodes).partition(":")
+    try:
+        bounds = int(low), int(high if colon else low)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ConfigurationError(f"nnodes is a number of hosts, or MIN:MAX; not {nnodes!r}")
+    return bounds
+
+
+def _silence() -> None:
+    """What torchrun logs about ends of processes is said here, more briefly."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+
+
+def _run(
+    command: Sequence[str],
+    *,
+    nproc: int,
+    nodes: tuple[int, int],
+    endpoint: str,
+    run_id: str,
+    max_restarts: int,
+    patience: int,
+    debug: bool,
+) -> int:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    from puretrain.sharding.agent import Agent
+
+    parameters = RendezvousParameters(
+        "c10d", endpoint, run_id, *nodes, timeout=900, keep_alive_interval=2
+    )
+    try:
+        handler = get_rendezvous_handler(parameters)
+    except RendezvousError as error:
+        raise ConfigurationError(_not_met(endpoint, error)) from error
+    spec = WorkerSpec(
+        role="puretrain",
+        local_world_size=nproc,
+        entrypoint=sys.executable,
+        args=tuple(command),
+        rdzv_handler=handler,
+        max_restarts=max_restarts,
+    )
+    agent = Agent(spec, DefaultLogsSpecs(), patience, lambda f, n: _tell(f, n, debug))
+    try:
+        result = agent.run()
+    except SignalException as ended:
+        # The hosts that are left may go on, so the place where they meet stays open.
+        return 0 if agent.all_succeeded() else 128 + int(ended.sigval)
+    except RendezvousError as error:
+        raise ConfigurationError(_not_met(endpoint, error)) from error
+    handler.shutdown()
+    if result is None:
+        raise ConfigurationError(
+            f"the run {run_id!r} has ended on the hosts that met at {endpoint}"
+        )
+    if not result.is_failed():
+        return 0
+    status = agent.first_failure(result.failures)[1].exitcode
+    return status if status in _ENDED_BY_SIGNAL else 2
+
+
+def _not_met(endpoint: str, error: Exception) -> str:
+    return f"the hosts could not meet at {endpoint}: {error}"
+
+
+def _tell(failures: Mapping[int, Any], first: int, debug: bool) -> None:
+    """Say on stderr what has happened to the process that failed first."""
+    failure = failures[first]
+    if failure.exitcode in _ENDED_BY_SIGNAL:
+        return
+    name = f"the process of rank {first}"
+    facts = _facts(failure)
+    if failure.exitcode < 0:
+        text = f"{name} (pid {failure.pid}) was killed by {failure.signal_name()}"
+    elif facts is None:
+        text = f"{name} ended with status {failure.exitcode}"
+    elif facts.get("ours") is not None and not debug:
+        text = f"{name}: {facts['ours']}"
+    else:
+        text = f"{name}:\n{facts['py_callstack'].rstrip()}"
+    print(f"puretrain: error: {text}", file=sys.stderr, flush=True)
+
+
+def _facts(failure: Any) -> dict[str, Any] | None:
+    message = failure.error_file_data.get("message")
+    return message.get("extraInfo") if isinstance(message, dict) else None
