@@ -5,7 +5,10 @@ This module imports ``torch.distributed.elastic``, which takes its time; so it i
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,22 +45,38 @@ class Agent(LocalElasticAgent):
         if failed:
             # Torch waits for 30 seconds here; and a process that hangs should say where.
             self._failed_at_once = failed
-            self._end_survivors()
+            self._end_survivors(worker_group)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
             self._tell(result.failures, self.first_failure(result.failures)[0])
         return result
 
-    def _end_survivors(self) -> None:
+    def _end_survivors(self, worker_group: WorkerGroup) -> None:
         """SIGTERM, a little time, and then a signal at which Python prints its stack and ends."""
-        survivors = [p for p in self._processes().values() if p.poll() is None]
-        for process in survivors:
+        alive = {rank: p for rank, p in self._processes().items() if p.poll() is None}
+        for process in alive.values():
             process.send_signal(signal.SIGTERM)
         end = time.monotonic() + _GRACE
-        while time.monotonic() < end and any(p.poll() is None for p in survivors):
+        while time.monotonic() < end and any(p.poll() is None for p in alive.values()):
             time.sleep(0.02)
+        for local_rank, process in alive.items():
+            if process.poll() is None:
+                rank = worker_group.workers[local_rank].global_rank
+                print(
+                    f"puretrain: the process of rank {rank} (pid {process.pid}) does not end and "
+                    "is killed; where it is:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._send(process, signal.SIGABRT)
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGABRT, _LAST_WORDS)
+
+    @staticmethod
+    def _send(process: Any, number: signal.Signals) -> None:
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed next
+            process.wait(_LAST_WORDS)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         # The first signal ends the processes in an orderly way. When another one comes meanwhile,

@@ -7,6 +7,8 @@ because it was gone.
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -23,6 +25,7 @@ from puretrain.errors import ConfigurationError, PuretrainError
 
 __all__ = ["is_worker", "launch", "telling_launcher"]
 
+_PR_SET_PDEATHSIG = 1
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _ENDED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -40,8 +43,14 @@ def telling_launcher() -> Iterator[None]:
     """Let an exception be told by what has started this process, which knows whose was the first.
 
     The exception becomes a ``SystemExit`` with the status 2. Without torchrun it passes.
+
+    A process that is ended because it hangs prints where. On Linux it gets SIGTERM when what has
+    started it is killed, so that no process is left to write beside those of a later run.
     """
     file = os.environ.get(_ERROR_FILE)
+    if file is not None:
+        faulthandler.enable()
+        _end_with_parent()
     try:
         yield
     except Exception as error:
@@ -57,6 +66,11 @@ def telling_launcher() -> Iterator[None]:
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": message}, stream)
         raise SystemExit(2) from error
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 # ── In the process that starts them ───────────────────────────────────────────────────────────────
@@ -212,7 +226,7 @@ def _tell(failures: Mapping[int, Any], first: int, debug: bool) -> None:
     elif facts is None:
         text = f"{name} ended with status {failure.exitcode}"
     elif facts.get("ours") is not None and not debug:
-        text = f"{name}: {facts['ours']}"
+        text = f"{name}: {facts['ours']} (--debug shows where)"
     else:
         text = f"{name}:\n{facts['py_callstack'].rstrip()}"
     print(f"puretrain: error: {text}", file=sys.stderr, flush=True)
