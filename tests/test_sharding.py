@@ -99,7 +99,7 @@ def of_torch(mesh):
     ours = pt.fit(state, step, batches, epochs=2).params
 
     parallel = nn.parallel.DistributedDataParallel(model)
-    theirs = torch.optim.AdamW(parallel.parameters(), lr=1e-2)
+    theirs = torch.optim.AdamW(parallel.parameters(), lr=1e-2, fused=True)
     for _ in range(2):
         for parts in batches:
             x, y = parts.parts[0]

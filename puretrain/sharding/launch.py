@@ -125,6 +125,10 @@ def launch(
         rdzv_endpoint, rdzv_id = "localhost:0", str(uuid.uuid4())
     if nproc > 1 or high > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if high > 1:
+        # The store in which processes leave their addresses would be that of the ones before, when
+        # they are started again (it is reused in torch 2.13).
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if not debug:
         _silence()
     # The agents of all hosts must have the same name for the run.

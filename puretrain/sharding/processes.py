@@ -73,11 +73,8 @@ def processes(
     if mine:
         backend = "nccl" if device == "cuda" else "gloo"
         patience = datetime.timedelta(seconds=timeout)
-        if there:
-            dist.init_process_group(backend, timeout=patience)
-        else:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+        store, rank, size = _meeting_place(patience) if there else (dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
         world_size = dist.get_world_size()
         if not 1 <= shard <= world_size or world_size % shard:
@@ -101,6 +98,19 @@ def processes(
 
 
 _DRAINED = 0.05
+
+
+def _meeting_place(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """Where the processes that torchrun has started tell each other their addresses.
+
+    It is a store of torchrun's that outlives the processes. Those that are started again must not
+    find the addresses of the ones before; on several hosts, the launcher sees to it.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"puretrain/{start}", store)
+    return store, rank, size
 
 
 def _device_type() -> str:
