@@ -100,7 +100,7 @@ def processes(
 _DRAINED = 0.05
 
 
-def _meeting_place(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
+def _meeting_place(patience: datetime.timedelta) -> tuple[Any, int, int]:
     """Where the processes that torchrun has started tell each other their addresses.
 
     It is a store of torchrun's that outlives the processes. Those that are started again must not
@@ -109,7 +109,7 @@ def _meeting_place(patience: datetime.timedelta) -> tuple[dist.Store, int, int]:
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"puretrain/{start}", store)
+        store = dist.PrefixStore(f"puretrain/{start}", store)  # type: ignore[attr-defined]
     return store, rank, size
 
 
