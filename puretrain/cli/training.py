@@ -215,10 +215,11 @@ def _fit(options: argparse.Namespace) -> int:
             "--max-restarts needs --resume (without a file): when the processes are started again, "
             "they go on from the newest checkpoint of the run's directory"
         )
-    if (options.nproc or 1) > 1 or options.nnodes != "1" or options.max_restarts:
+    nproc = 1 if options.nproc is None else options.nproc
+    if nproc != 1 or options.nnodes != "1" or options.max_restarts:
         return launch(
             ["-m", "puretrain", *options.arguments],
-            nproc=options.nproc or 1,
+            nproc=nproc,
             nnodes=options.nnodes,
             rdzv_endpoint=options.rdzv_endpoint,
             rdzv_id=options.rdzv_id,

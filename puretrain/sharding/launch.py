@@ -7,25 +7,27 @@ because it was gone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import json
 import logging
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from puretrain.errors import ConfigurationError, PuretrainError
 
 __all__ = ["is_worker", "launch", "telling_launcher"]
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _ENDED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -38,7 +40,7 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-@contextmanager
+@contextlib.contextmanager
 def telling_launcher() -> Iterator[None]:
     """Let an exception be told by what has started this process, which knows whose was the first.
 
@@ -93,7 +95,9 @@ def launch(
     its exception (see :func:`telling_launcher`) is printed to stderr. Ctrl-C and SIGTERM are handed
     to all of them; a second one kills them.
 
-    ``OMP_NUM_THREADS`` is 1 in them unless it is set, if there are several.
+    ``OMP_NUM_THREADS`` is 1 in them unless it is set, if there are several. On several hosts gloo
+    talks through the interface that leads to ``rdzv_endpoint``, unless ``GLOO_SOCKET_IFNAME`` names
+    another.
 
     Args:
         command: the arguments of the Python interpreter: ``["-m", "puretrain", "fit", …]``.
@@ -123,25 +127,45 @@ def launch(
         )
     if high == 1 and rdzv_endpoint is None:
         rdzv_endpoint, rdzv_id = "localhost:0", str(uuid.uuid4())
+    defaults = {}
     if nproc > 1 or high > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        defaults["OMP_NUM_THREADS"] = "1"
+    address = None
     if high > 1:
         # The store in which processes leave their addresses would be that of the ones before, when
         # they are started again (it is reused in torch 2.13).
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        address = _own_address(rdzv_endpoint or "")
+        interface = _interface_of(address)
+        if interface is not None:
+            defaults["GLOO_SOCKET_IFNAME"] = interface
     if not debug:
         _silence()
-    # The agents of all hosts must have the same name for the run.
-    return _run(
-        command,
-        nproc=nproc,
-        nodes=(low, high),
-        endpoint=rdzv_endpoint or "",
-        run_id=rdzv_id or "puretrain",
-        max_restarts=max_restarts,
-        patience=int(patience),
-        debug=debug,
-    )
+    with _environment(defaults):
+        return _run(
+            command,
+            nproc=nproc,
+            nodes=(low, high),
+            endpoint=rdzv_endpoint or "",
+            # The agents of all hosts must have the same name for the run.
+            run_id=rdzv_id or "puretrain",
+            address=address,
+            max_restarts=max_restarts,
+            patience=int(patience),
+            debug=debug,
+        )
+
+
+@contextlib.contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes, as far as they are not set."""
+    new = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
 
 
 def _bounds(nnodes: str) -> tuple[int, int]:
@@ -169,6 +193,7 @@ def _run(
     nodes: tuple[int, int],
     endpoint: str,
     run_id: str,
+    address: str | None,
     max_restarts: int,
     patience: int,
     debug: bool,
@@ -181,7 +206,7 @@ def _run(
     from puretrain.sharding.agent import Agent
 
     parameters = RendezvousParameters(
-        "c10d", endpoint, run_id, *nodes, timeout=900, keep_alive_interval=2
+        "c10d", endpoint, run_id, *nodes, local_addr=address, timeout=900, keep_alive_interval=2
     )
     try:
         handler = get_rendezvous_handler(parameters)
@@ -194,6 +219,7 @@ def _run(
         args=tuple(command),
         rdzv_handler=handler,
         max_restarts=max_restarts,
+        local_addr=address,
     )
     agent = Agent(spec, DefaultLogsSpecs(), patience, lambda f, n: _tell(f, n, debug))
     try:
@@ -212,6 +238,39 @@ def _run(
         return 0
     status = agent.first_failure(result.failures)[1].exitcode
     return status if status in _ENDED_BY_SIGNAL else 2
+
+
+def _own_address(endpoint: str) -> str:
+    """The address under which this host is seen from where the hosts meet.
+
+    Its name may stand for another one, or for none, in the network that the hosts share.
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        (family, kind, _, _, place), *_ = socket.getaddrinfo(
+            host.strip("[]") or endpoint, int(port or 0), type=socket.SOCK_DGRAM
+        )
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--rdzv-endpoint {endpoint} is no HOST:PORT: {error}") from error
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of the network interface with an IPv4 address, where Linux tells it."""
+    if sys.platform != "linux" or ":" in address:
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with contextlib.suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def _not_met(endpoint: str, error: Exception) -> str:
