@@ -130,12 +130,12 @@ def launch(
     defaults = {}
     if nproc > 1 or high > 1:
         defaults["OMP_NUM_THREADS"] = "1"
-    address = None
+    address, is_meeting_place = None, True
     if high > 1:
         # The store in which processes leave their addresses would be that of the ones before, when
         # they are started again (it is reused in torch 2.13).
         defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        address = _own_address(rdzv_endpoint or "")
+        address, is_meeting_place = _own_address(rdzv_endpoint or "")
         interface = _interface_of(address)
         if interface is not None:
             defaults["GLOO_SOCKET_IFNAME"] = interface
@@ -150,6 +150,7 @@ def launch(
             # The agents of all hosts must have the same name for the run.
             run_id=rdzv_id or "puretrain",
             address=address,
+            is_meeting_place=is_meeting_place,
             max_restarts=max_restarts,
             patience=int(patience),
             debug=debug,
@@ -194,6 +195,7 @@ def _run(
     endpoint: str,
     run_id: str,
     address: str | None,
+    is_meeting_place: bool,
     max_restarts: int,
     patience: int,
     debug: bool,
@@ -205,11 +207,26 @@ def _run(
 
     from puretrain.sharding.agent import Agent
 
-    parameters = RendezvousParameters(
-        "c10d", endpoint, run_id, *nodes, local_addr=address, timeout=900, keep_alive_interval=2
-    )
+    def meet(is_host: bool) -> Any:
+        parameters = RendezvousParameters(
+            "c10d",
+            endpoint,
+            run_id,
+            *nodes,
+            local_addr=address,
+            timeout=900,
+            keep_alive_interval=2,
+            is_host=is_host,
+        )
+        return get_rendezvous_handler(parameters)
+
     try:
-        handler = get_rendezvous_handler(parameters)
+        try:
+            handler = meet(is_meeting_place)
+        except RendezvousError:
+            if nodes[1] == 1 or not is_meeting_place:
+                raise
+            handler = meet(False)  # another launcher on this host has made the place
     except RendezvousError as error:
         raise ConfigurationError(_not_met(endpoint, error)) from error
     spec = WorkerSpec(
@@ -240,8 +257,8 @@ def _run(
     return status if status in _ENDED_BY_SIGNAL else 2
 
 
-def _own_address(endpoint: str) -> str:
-    """The address under which this host is seen from where the hosts meet.
+def _own_address(endpoint: str) -> tuple[str, bool]:
+    """The address under which this host is seen from where the hosts meet, and whether it is there.
 
     Its name may stand for another one, or for none, in the network that the hosts share.
     """
@@ -252,7 +269,8 @@ def _own_address(endpoint: str) -> str:
         )
         with socket.socket(family, kind) as probe:
             probe.connect(place)  # sends nothing
-            return str(probe.getsockname()[0])
+            address = str(probe.getsockname()[0])
+            return address, address == place[0]
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--rdzv-endpoint {endpoint} is no HOST:PORT: {error}") from error
 
