@@ -222,6 +222,11 @@ def distributed(mesh, directory):
     found["resumed at"] = int(again.resumed().state.step)
     found["resumed"] = facts(again.fit(resume=True))
     found["refused"] = message(ConfigurationError, again.fit)
+    # An observer that works in all processes together stays in all of them.
+    place = f"{directory}/together-{mesh.size()}"
+    together = make_run(place, sharding.checkpoints(place, {}, mesh), steps=MIDDLE, epochs=None)
+    last = sharding.distribute(together, mesh, logical_shards=4).fit()
+    found["together"] = tree_digest(pt.load(pt.newest(place))) == tree_digest(last)
     found["twice"] = sharding.distribute(again, mesh) is again
     return found
 
@@ -395,6 +400,7 @@ def test_a_run_is_distributed_as_a_value(found, size):
         assert one["whole"]["digest"] == found[4][0]["distributed"]["whole"]["digest"]
         assert one["whole"]["weight"] == expected["weight"]
         assert (one["events"] > 0) == (number == 0)
+        assert one["together"]
         assert one["twice"]
 
 

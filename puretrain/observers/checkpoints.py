@@ -214,6 +214,7 @@ class _Checkpoints:
         preemption_seconds: float | None,
     ) -> None:
         self._ways = ways
+        self.on_every_process = ways.agree is not None
         self._directory, self._when, self._how = directory, when, how
         self._saved: tuple[int, ...] | None = None  # what the last file holds
         self._since = time.monotonic()

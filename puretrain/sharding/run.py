@@ -15,6 +15,7 @@ from puretrain.loop import Validation, as_batches
 from puretrain.run import Run, Together
 from puretrain.sharding.data_parallel import ddp, divide, elastic, eval_across
 from puretrain.sharding.processes import agreement, everyone, on_rank_zero
+from puretrain.sharding.uneven import Uneven
 from puretrain.step import Step
 from puretrain.tree import path_string, tree_digest, tree_leaves, tree_paths
 
@@ -33,7 +34,7 @@ def distribute(run: Run, mesh: DeviceMesh, *, logical_shards: int | None = None)
     a signal comes to one of them. On one process everything works the same.
 
     What you have divided yourself stays as it is: a step that was made with ``across=``, and
-    batches from :func:`divide`.
+    batches from :func:`divide` or :func:`uneven`.
 
     Args:
         run: the run, made anew in each process, equal in all.
@@ -105,16 +106,22 @@ def _step(step: Step, mesh: DeviceMesh, logical_shards: int | None) -> Step:
     return made
 
 
-def _divided(source: Any, mesh: DeviceMesh, logical_shards: int | None) -> Batches:
+def _divided(source: Any, mesh: DeviceMesh, logical_shards: int | None) -> Any:
     source = as_batches(source)
-    if isinstance(source, Batches) and source.plan.share is not None:
+    if _is_divided(source):
         return source
     return divide(source, mesh, logical_shards=logical_shards)
 
 
+def _is_divided(source: Any) -> bool:
+    if isinstance(source, Batches):
+        return source.plan.share is not None
+    return isinstance(source, Uneven)
+
+
 def _validation(validation: Validation, mesh: DeviceMesh, logical_shards: int | None) -> Validation:
     source = as_batches(validation.batches)
-    if isinstance(source, Batches) and source.plan.share is not None:
+    if _is_divided(source):
         return validation
     return validation._replace(
         step=eval_across(validation.step, mesh), batches=_divided(source, mesh, logical_shards)
