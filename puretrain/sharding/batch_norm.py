@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +20,18 @@ __all__ = ["sync_batch_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
+_is_counted: ContextVar[bool] = ContextVar("is_counted", default=True)
+
+
+@contextmanager
+def counted(yes: bool) -> Iterator[None]:
+    """Whether the part of the batch that this process evaluates has samples of its own."""
+    token = _is_counted.set(yes)
+    try:
+        yield
+    finally:
+        _is_counted.reset(token)
+
 
 def sync_batch_norm(module: M, mesh: DeviceMesh) -> M:
     """A copy of a module whose BatchNorm layers use the mean and variance over all processes.
@@ -26,8 +41,8 @@ def sync_batch_norm(module: M, mesh: DeviceMesh) -> M:
     this one works everywhere, by two sums over the processes in each direction: of the inputs, and
     of the squares of their deviations, which keeps the variance exact where the mean is large.
 
-    A process that has no sample of a small last batch takes part with one that is another's, which
-    then counts twice here; ``batches(…, drop_last=True)`` avoids that.
+    A process that has no sample of a small last batch, or has come to the end of its own data,
+    takes part without being counted.
 
     Args:
         module: any module; it stays as it is.
@@ -74,11 +89,12 @@ class _SyncBatchNorm(_BatchNorm):
         x = input if input.dtype == torch.float64 else input.float()
         over = [d for d in range(x.dim()) if d != 1]
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-        count = x.numel() / x.shape[1]
-        sums = _sum_over(torch.cat([x.sum(over), x.new_tensor([count])]), self.group)
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        here = 1.0 if _is_counted.get() else 0.0
+        sums = _sum_over(torch.cat([x.sum(over), count]) * here, self.group)
         total, mean = sums[-1], sums[:-1] / sums[-1]
         centred = x - mean.view(shape)
-        variance = _sum_over(centred.square().sum(over), self.group) / total
+        variance = _sum_over(centred.square().sum(over) * here, self.group) / total
         self._remember(mean.detach(), variance.detach(), total.detach())
         scale = (variance + self.eps).rsqrt()
         if self.weight is not None:

@@ -16,6 +16,7 @@ from puretrain.data import Batches, Parts
 from puretrain.errors import ConfigurationError, DataError
 from puretrain.loop import as_batches
 from puretrain.optim import GradientTransformation
+from puretrain.sharding.batch_norm import counted
 from puretrain.sharding.exchange import Exchange, changed, merged_buffers, merged_metrics
 from puretrain.sharding.processes import device_of, everyone
 from puretrain.sharding.reduction import bucketed, summed_as_tree
@@ -134,7 +135,7 @@ def ddp(mesh: DeviceMesh, *, bucket_megabytes: float = 25.0, reduce: bool = True
     def across(evaluate: Evaluate, state: TrainState, batch: Any, key: Tensor | None) -> Gradients:
         mine = _mine(batch, 1, world_size)
         reduced = bucketed(group, mine.sizes[0] / mine.total, int(bucket_megabytes * 2**20), reduce)
-        with _part_of_key(key, rank, world_size) as own:
+        with counted(mine.sizes[0] > 0), _part_of_key(key, rank, world_size) as own:
             result = evaluate(state, mine.parts[0], own, reduced.passage)
         finish = combine.start(state, [result], mine.sizes, reduced.present, result.grads)
         reduced.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from puretrain.data import Batches, Parts, Read
-from puretrain.errors import ConfigurationError, DataError
+from puretrain.errors import ConfigurationError
 from puretrain.loop import as_batches
 from puretrain.sharding.processes import device_of, everyone
 from puretrain.state import Cursor
@@ -63,8 +63,9 @@ class Uneven:
     def read(self, cursor: Cursor) -> Generator[Read, None, None]:
         """Read from a round of an epoch to the end of all processes' data."""
         epoch, rounds = cursor.epoch.clone(), int(cursor.offset)
-        reads = self._source.read(Cursor(epoch=epoch))
-        last: Read | None = None
+        source = self._source.read(Cursor(epoch=epoch))
+        last = next(source)  # a source without a batch raises
+        reads = chain([last], source)
         for skipped in islice(reads, rounds):
             last = skipped
         while True:
@@ -75,11 +76,6 @@ class Uneven:
             if not int(total):
                 return
             last = last if read is None else read
-            if last is None:
-                raise DataError(
-                    f"the process of rank {dist.get_rank(self._group)} has no batch in epoch "
-                    f"{int(epoch)}, while others have; each needs at least one"
-                )
             rounds += 1
             yield Read(
                 Parts((last.batch,), torch.tensor([size]), total.cpu()),
