@@ -50,11 +50,9 @@ def sync_batch_norm(module: M, mesh: DeviceMesh) -> M:
 
     >>> import puretrain as pt
     >>> with pt.sharding.processes() as mesh:
-    ...     sync_batch_norm(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), mesh)
-    Sequential(
-      (0): Linear(in_features=2, out_features=3, bias=True)
-      (1): _SyncBatchNorm(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-    )
+    ...     model = sync_batch_norm(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), mesh)
+    ...     sorted(model.state_dict())[3:]
+    ['1.num_batches_tracked', '1.running_mean', '1.running_var', '1.weight']
     """
     group = everyone(mesh)
     new = copy.deepcopy(module)
