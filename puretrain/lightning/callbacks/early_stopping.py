@@ -128,10 +128,13 @@ class EarlyStopping(Callback):
 
     def _run_early_stopping_check(self, trainer):
         metrics = trainer.callback_metrics
-        if trainer.fast_dev_run or not self._validate_condition_metric(metrics):
+        if trainer.fast_dev_run:
             return
-        current = metrics[self.monitor].squeeze()
-        should_stop, reason = self._evaluate_stopping_criteria(current)
+        should_stop, reason = False, None
+        if self._validate_condition_metric(metrics):
+            current = metrics[self.monitor].squeeze()
+            should_stop, reason = self._evaluate_stopping_criteria(current)
+        should_stop = trainer.strategy.reduce_boolean_decision(should_stop, all=False)
         trainer.should_stop = trainer.should_stop or should_stop
         if should_stop:
             self.stopped_epoch = trainer.current_epoch

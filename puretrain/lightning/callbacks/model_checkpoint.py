@@ -15,6 +15,7 @@ from torch import Tensor
 
 from puretrain.lightning.callbacks.base import Callback
 from puretrain.lightning.callbacks.early_stopping import MissingMetricError
+from puretrain.lightning.trainer import checkpointing
 from puretrain.lightning.utilities.distributed import rank_zero_info, rank_zero_warn
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 
@@ -194,7 +195,10 @@ class ModelCheckpoint(Callback):
             return
         if self._train_time_interval is not None:
             now, before = time.monotonic(), self._last_time_checked
-            if before is not None and now - before < self._train_time_interval.total_seconds():
+            early = before is not None and (
+                now - before < self._train_time_interval.total_seconds()
+            )
+            if trainer.strategy.broadcast(early):
                 return
             self._last_time_checked = now
         elif trainer._steps_done % self._every_n_train_steps:
@@ -234,7 +238,7 @@ class ModelCheckpoint(Callback):
         """Write where the run was interrupted, so that it can go on from there."""
         if self.save_top_k and not self._skips(trainer) and trainer._steps_done:
             path = self._free_path(trainer, self._place("interrupted"))
-            trainer.save_checkpoint(path)
+            _save_together(trainer, path, False)
 
     def _waits_for_validation(self, trainer: Any) -> bool:
         if not trainer._validates or trainer._validation_follows:
@@ -270,6 +274,8 @@ class ModelCheckpoint(Callback):
                 f"{known}. HINT: Did you call self.log('{self.monitor}', tensor) in the "
                 "LightningModule?"
             )
+        if trainer.world_size > 1:  # all decide by the values of the first process
+            metrics = trainer.strategy.broadcast(metrics)
         self._last_global_step_saved = self._count(trainer)
         if self.save_top_k != 0:
             if self.monitor is not None:
@@ -294,8 +300,8 @@ class ModelCheckpoint(Callback):
         return metrics
 
     def _write(self, trainer: Any, path: str) -> None:
-        trainer.save_checkpoint(path, self.save_weights_only)
-        for logger in trainer.loggers:
+        _save_together(trainer, path, self.save_weights_only)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             if hasattr(logger, "after_save_checkpoint"):
                 logger.after_save_checkpoint(self)
         if self.verbose:
@@ -342,14 +348,14 @@ class ModelCheckpoint(Callback):
         self.best_model_score = self.best_k_models[self.best_model_path]
         self._write(trainer, path)
         if removed is not None and removed != path:
-            _remove(removed)
+            _remove(trainer, removed)
 
     def _save_newest(self, trainer: Any, metrics: dict[str, Any]) -> None:
         path = self._free_path(trainer, self._named(metrics), self.best_model_path)
         before, self.best_model_path = self.best_model_path, path
         self._write(trainer, path)
         if self.save_top_k == 1 and before and before != path:
-            _remove(before)
+            _remove(trainer, before)
 
     def _save_the_last(self, trainer: Any, metrics: dict[str, Any]) -> None:
         name = self._format(self.CHECKPOINT_NAME_LAST, metrics)
@@ -360,11 +366,15 @@ class ModelCheckpoint(Callback):
         self.last_model_path = path
         self._write(trainer, path)
         if before and before != path:
-            _remove(before)
+            _remove(trainer, before)
 
     # ── Where ─────────────────────────────────────────────────────────────────────────────────────
 
     def _directory(self, trainer: Any) -> str:
+        folder = self._own_directory(trainer) if trainer.is_global_zero else ""
+        return str(trainer.strategy.broadcast(folder))
+
+    def _own_directory(self, trainer: Any) -> str:
         logger = trainer.logger
         if logger is not None:
             if trainer._weights_save_path is not None:
@@ -392,7 +402,7 @@ class ModelCheckpoint(Callback):
         while os.path.exists(path) and path != replaced:
             path = f"{base}-v{version}{self.FILE_EXTENSION}"
             version += 1
-        return path
+        return str(trainer.strategy.broadcast(path))  # by the files that the first process sees
 
     def _format(self, filename: str | None, metrics: dict[str, Any]) -> str:
         if not filename:
@@ -502,5 +512,14 @@ class ModelCheckpoint(Callback):
         self.load_state_dict(arguments[-1])
 
 
-def _remove(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+def _save_together(trainer: Any, path: str, weights_only: bool) -> None:
+    """Write a checkpoint that holds what every process has, and wait for it."""
+    if trainer.world_size == 1 or not trainer.strategy.connected:
+        trainer.save_checkpoint(path, weights_only)
+    else:
+        checkpointing.save(trainer, path, weights_only=weights_only, together=True)
+
+
+def _remove(trainer: Any, path: str) -> None:
+    if trainer.is_global_zero:
+        Path(path).unlink(missing_ok=True)

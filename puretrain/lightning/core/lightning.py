@@ -178,6 +178,8 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
+        if "_replica_device" in self.__dict__:
+            return self.__dict__["_replica_device"]
         for tensor in self.parameters():
             return tensor.device
         return next((b.device for b in self.buffers()), torch.device("cpu"))
@@ -371,7 +373,11 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
                 "information like `dataloader_idx`"
             )
         options = (on_step, on_epoch, prog_bar, logger is not False, reduce_fx, add_dataloader_idx)
-        results.log(fx, name, value, options, batch_size, enable_graph)
+        sync = None
+        if sync_dist and not rank_zero_only:
+            at_once = sync_dist_op not in (None, "mean", "avg")
+            sync = (sync_dist_op if at_once else None, sync_dist_group)
+        results.log(fx, name, value, options, batch_size, enable_graph, sync)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log several values by name; arguments as for :meth:`log`."""

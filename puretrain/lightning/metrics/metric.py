@@ -198,6 +198,10 @@ class Metric(nn.Module, ABC):
         for name, reduce in self._reductions.items():
             if reduce is dim_zero_cat and isinstance(own[name], list) and own[name]:
                 own[name] = [dim_zero_cat(own[name])]  # one collective in place of many
+        lengths: dict[str, list[int]] = {}
+        if dist_sync_fn is gather_all_tensors:
+            for name in [name for name, value in own.items() if isinstance(value, list)]:
+                own[name], lengths[name] = _as_long_everywhere(own[name], self.process_group)
         gathered = apply_to_collection(own, Tensor, dist_sync_fn, group=self.process_group)
         for name, reduce in self._reductions.items():
             value = gathered[name]
@@ -205,7 +209,12 @@ class Metric(nn.Module, ABC):
                 value = torch.stack(value)
                 empty = False
             else:
-                value = [tensor for of_all in value for tensor in of_all]
+                value = [
+                    tensor
+                    for number, of_all in enumerate(value)
+                    for rank, tensor in enumerate(of_all)
+                    if name not in lengths or number < lengths[name][rank]
+                ]
                 empty = not value
             setattr(self, name, value if reduce is None or empty else reduce(value))
 
@@ -402,6 +411,23 @@ class Metric(nn.Module, ABC):
 
     def __getitem__(self, index: Any) -> CompositionalMetric:
         return CompositionalMetric(operator.itemgetter(index), self, None)
+
+
+def _as_long_everywhere(tensors: list[Tensor], group: Any) -> tuple[list[Tensor], list[int]]:
+    """A list with empty tensors at its end where others have more, and all lengths.
+
+    A process that has seen no batch would else leave the others waiting.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    mine = (len(tensors), tensors[0].dtype, tensors[0].shape[1:]) if tensors else (0, None, None)
+    torch.distributed.all_gather_object(found, mine, group)
+    lengths = [length for length, _, _ in found]
+    missing = max(lengths) - len(tensors)
+    if not missing:
+        return tensors, lengths
+    _, dtype, shape = max(found, key=lambda each: each[0])
+    device = tensors[0].device if tensors else None
+    return [*tensors, *(torch.empty((0, *shape), dtype=dtype, device=device),) * missing], lengths
 
 
 def _minus_abs(value: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from puretrain.state import Cursor, TrainState
 __all__ = ["CallbackStates", "dump", "load_module", "restore_fit", "restore_weights"]
 
 _HPARAMS = "hyper_parameters"
+_PLACE = "puretrain"
 _SCALER = "native_amp_scaling_state"
 
 
@@ -172,9 +173,28 @@ def _position(trainer: Any, *, in_epoch: bool) -> dict[str, Any]:
     return found
 
 
-def save(trainer: Any, path: Any, *, weights_only: bool = False) -> None:
-    """Write the checkpoint of a trainer."""
+def save(trainer: Any, path: Any, *, weights_only: bool = False, together: bool = False) -> None:
+    """Write the checkpoint of a trainer; the first process does.
+
+    Args:
+        trainer: whose run.
+        path: of the file.
+        weights_only: leave out all that is needed to go on training.
+        together: whether all processes are here: then the place of each of them is in the file, and
+            none goes on before it is written.
+    """
     checkpoint = dump(trainer, weights_only=weights_only)
+    together = together and trainer._processes.connected
+    if together and _PLACE in checkpoint:
+        places = trainer._processes.gather(checkpoint[_PLACE])
+        checkpoint[_PLACE] = {**checkpoint[_PLACE], "other_ranks": places[1:]}
+    if trainer.is_global_zero:
+        _write(path, checkpoint)
+    if together:
+        trainer._processes.barrier()
+
+
+def _write(path: Any, checkpoint: dict[str, Any]) -> None:
     plain = dict(checkpoint)
     if "callbacks" in plain:
         plain["callbacks"] = dict(plain["callbacks"])
@@ -242,7 +262,7 @@ def restore_fit(trainer: Any, path: Any, state: TrainState) -> TrainState:
             "the checkpoint was written with precision=16 and the run goes on without, or the "
             "other way round: the loss scale begins anew"
         )
-    place = checkpoint.get("puretrain")
+    place = _place_of(trainer, checkpoint.get(_PLACE))
     trainer._steps_done = trainer.global_step = int(checkpoint["global_step"])
     if place is None:
         return _from_lightning(trainer, checkpoint, state)
@@ -271,6 +291,19 @@ def restore_fit(trainer: Any, path: Any, state: TrainState) -> TrainState:
         place["cursor"]["source"],
     )
     return state.replace(step=torch.tensor(place["step"]), cursor=cursor)
+
+
+def _place_of(trainer: Any, place: Any) -> Any:
+    """What is this process's of the places in a checkpoint."""
+    others = place.get("other_ranks", []) if place is not None else []
+    if place is None or trainer.world_size == 1 + len(others):
+        return ([place, *others])[trainer.global_rank]
+    rank_zero_warn(
+        f"the checkpoint was written by {1 + len(others)} processes and the run goes on with "
+        f"{trainer.world_size}: what differs between processes, such as unfinished sums of "
+        "logged values, is that of the first one"
+    )
+    return place
 
 
 def _from_lightning(trainer: Any, checkpoint: dict[str, Any], state: TrainState) -> TrainState:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from puretrain.lightning.trainer import loaders
+from puretrain.lightning.trainer import loaders, splitting
 from puretrain.lightning.trainer.calls import call, call_module, hooks_of, implements, takes
 from puretrain.lightning.trainer.results import Results
 from puretrain.lightning.trainer.states import RunningStage
@@ -73,7 +73,7 @@ def run_evaluation(
         return []
     sanity = trainer._stage is RunningStage.SANITY_CHECKING
     trainer._stage = RunningStage.SANITY_CHECKING if sanity else _STAGES[kind]
-    results = trainer._results = Results(training=False)
+    results = trainer._results = Results(training=False, processes=trainer._processes)
     modes = [(child, child.training) for child in module.modules()]
     with torch.no_grad():
         call_module(trainer, f"on_{word}_model_eval")
@@ -82,6 +82,7 @@ def run_evaluation(
         outputs = _batches(trainer, kind, found, counts, results)
         results.batches_are_over = True
         results.begin_batch(None)
+        results.synchronize()
         if implements(module, f"{word}_epoch_end"):
             given = outputs[0] if len(found) == 1 else outputs
             call_module(trainer, f"{word}_epoch_end", given)
@@ -157,7 +158,12 @@ def _batches(
                 trainer._profile(name),
                 nullcontext() if casting is None else casting(),
             ):
-                output = method(*(batch, index, number)[:count])
+                arguments = (batch, index, number)[:count]
+                trainer._processes.before_step()
+                if trainer._splits:
+                    output = splitting.call_parts(trainer, name, arguments, {})
+                else:
+                    output = method(*arguments)
                 if own_end is not None:
                     trainer._fx = f"{name}_end"
                     ended = own_end(output)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from puretrain.data import Read
 from puretrain.data.plain import pack, unpack
 from puretrain.lightning.trainer.calls import implements
+from puretrain.lightning.trainer.distributed import prepared
 from puretrain.lightning.trainer.supporters import CombinedLoader, flatten, length_of
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 from puretrain.lightning.utilities.warnings import PossibleUserWarning, WarningCache
@@ -188,7 +189,7 @@ def _prepared(loader: Any, trainer: Any, kind: str) -> Any:
             "`DataLoader` init to improve performance.",
             category=PossibleUserWarning,
         )
-    return loader
+    return prepared(loader, trainer, kind)
 
 
 def _without_shuffling(loader: Any) -> Any:
@@ -285,7 +286,10 @@ class LoaderSource:
         loader, total = trainer._train_loader, trainer.num_training_batches
         place = _Place(int(cursor.epoch), int(cursor.offset))
         for each in _single_loaders(loader):
-            for sampler in (each, getattr(each, "sampler", None)):
+            batches = getattr(each, "batch_sampler", None)
+            samplers = {id(s): s for s in (each, getattr(each, "sampler", None),
+                                           getattr(batches, "sampler", None))}  # fmt: skip
+            for sampler in samplers.values():
                 if callable(getattr(sampler, "set_epoch", None)):
                     sampler.set_epoch(place.epoch)
         now = capture(loader)
@@ -314,6 +318,9 @@ class LoaderSource:
                     with trainer._profile("get_train_batch"):
                         ahead = next(iterator, self) if index + 1 < total else self
                 last = ahead is self
+                over, last = map(bool, trainer._processes.largest(batch is self, last))
+                if over:
+                    return
             if batch is self:
                 return
             index += 1

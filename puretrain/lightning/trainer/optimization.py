@@ -208,6 +208,8 @@ def step_schedulers(trainer: Any, interval: str, *, plateau: bool) -> None:
                     raise MisconfigurationException(message)
                 _warnings.warn(message)
                 continue
+            if trainer.world_size > 1:  # else the learning rates would differ
+                metric = trainer.strategy.broadcast(metric)
         scheduler = config["scheduler"]
         method = trainer._lr_scheduler_step
         if method is not None:

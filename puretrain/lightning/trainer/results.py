@@ -42,6 +42,7 @@ class _Entry:
 
     __slots__ = (
         "fx",
+        "known",
         "label",
         "loader",
         "metric",
@@ -50,6 +51,7 @@ class _Entry:
         "options",
         "reduce",
         "step",
+        "sync",
         "total",
         "values",
         "weight",
@@ -57,6 +59,7 @@ class _Entry:
 
     def __init__(self, fx: str, name: str, loader: int | None, options: tuple[Any, ...]) -> None:
         self.fx, self.name, self.loader, self.options = fx, name, loader, options
+        self.sync: Any = None
         _on_step, _on_epoch, _prog_bar, _logger, reduce, suffix = options[:6]
         label = name
         if suffix and loader is not None:
@@ -79,6 +82,7 @@ class _Entry:
         self.weight: int | float | Tensor = 0
         self.values: list[Tensor] = []
         self.metric: Any = None
+        self.known: Tensor | None = None
 
     def forked(self, kind: str) -> str:
         if not (self.options[0] and self.options[1]):
@@ -88,6 +92,13 @@ class _Entry:
         return f"{self.name}_{kind}"
 
     def epoch_value(self) -> Tensor | None:
+        if self.sync is None:
+            return self._epoch_value()
+        if self.known is None:  # it is asked for often, and not by all processes alike
+            self.known = self._synchronized()
+        return self.known
+
+    def _epoch_value(self) -> Tensor | None:
         if self.metric is not None:
             value = self.metric.compute()
             return value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -97,12 +108,23 @@ class _Entry:
             return None
         return self.total / self.weight if self.mode == "mean" else self.total
 
+    def _synchronized(self) -> Tensor | None:
+        if self.metric is not None or self.mode is None or self.total is None:
+            return self._epoch_value()
+        total = self.sync(self.total, self.mode)
+        if self.mode != "mean":
+            return total
+        weight = torch.as_tensor(self.weight, dtype=total.dtype, device=total.device)
+        return total / self.sync(weight, "mean")
+
 
 class Results:
     """All that was logged in one stage since the epoch began."""
 
-    def __init__(self, *, training: bool) -> None:
+    def __init__(self, *, training: bool, processes: Any = None) -> None:
         self.training = training
+        self.processes = processes
+        self.part = 0
         self.entries: dict[tuple[str, str, int | None], _Entry] = {}
         self.loader: int | None = None
         self.batch: Any = None
@@ -129,6 +151,7 @@ class Results:
         options: tuple[Any, ...],
         batch_size: int | None,
         enable_graph: bool,
+        sync: Any = None,
     ) -> None:
         """Take in one value.
 
@@ -139,6 +162,8 @@ class Results:
             options: on_step, on_epoch, prog_bar, logger, reduce_fx, add_dataloader_idx.
             batch_size: the weight of the value in the epoch's mean; None: that of the batch.
             enable_graph: keep the value's graph.
+            sync: how and over which processes to reduce it: the name of an operation, or None for
+                that of ``reduce_fx``; and the group. None: it is this process's own.
         """
         key = (fx, name, self.loader)
         entry = self.entries.get(key)
@@ -168,8 +193,18 @@ class Results:
                 value = value.reshape(())
             if value.dtype is not torch.float32 and value.dtype is not torch.float64:
                 value = value.to(_float_type())
+        entry.known = None
+        if sync is not None and self.processes is not None and self.processes.connected:
+            operation, group = sync
+            if operation is None:
+                entry.sync = self._over_processes(group)
+                if options[0] and entry.mode is not None:
+                    self._take_step(entry, entry.sync(value, entry.mode))
+            else:  # as in 1.2, each value at once
+                value = self.processes.reduce(value, group, operation)
         if options[0]:
-            entry.step = value.clone()
+            if entry.sync is None or entry.mode is None:
+                self._take_step(entry, value.clone())
             if not options[1]:
                 return
         mode = entry.mode
@@ -188,6 +223,22 @@ class Results:
         else:
             pick = torch.maximum if mode == "max" else torch.minimum
             entry.total = value.clone() if entry.total is None else pick(entry.total, value)
+
+    def _over_processes(self, group: Any = None) -> Callable[[Tensor, str], Tensor]:
+        processes = self.processes
+        return lambda tensor, operation: processes.reduce(tensor, group, operation)
+
+    def _take_step(self, entry: _Entry, value: Tensor) -> None:
+        if self.part and entry.step is not None:  # the mean over the parts of a batch
+            value = (entry.step * self.part + value) / (self.part + 1)
+        entry.step = value
+
+    def synchronize(self) -> None:
+        """Find the values of the epoch while all processes are here; it needs all of them."""
+        if self.processes is not None and self.processes.connected:
+            for entry in self.entries.values():
+                if entry.options[1] and (entry.sync is not None or entry.metric is not None):
+                    entry.epoch_value()
 
     def _batch_size(self) -> int:
         if self.batch is None:
@@ -251,6 +302,7 @@ class Results:
                     "total": entry.total,
                     "weight": entry.weight,
                     "metric": metric,
+                    "sync": entry.sync is not None,
                 }
             )
         return found
@@ -263,6 +315,8 @@ class Results:
             options = (*flags, functions[mode], suffix)
             entry = _Entry(item["fx"], item["name"], item["loader"], options)
             entry.step, entry.total, entry.weight = item["step"], item["total"], item["weight"]
+            if item.get("sync"):
+                entry.sync = self._over_processes()
             if item.get("metric") is not None:
                 entry.metric = module.get_submodule(item["metric"])
             self.entries[(entry.fx, entry.name, entry.loader)] = entry

@@ -20,10 +20,18 @@ from torch import Tensor
 
 from puretrain.lightning.core.memory import get_memory_profile
 from puretrain.lightning.core.optimizer import LightningOptimizer
-from puretrain.lightning.trainer import checkpointing, evaluation, loaders, training
+from puretrain.lightning.trainer import (
+    checkpointing,
+    distributed,
+    evaluation,
+    launching,
+    loaders,
+    training,
+)
 from puretrain.lightning.trainer import devices as devices_of
 from puretrain.lightning.trainer.calls import call, implements, takes
-from puretrain.lightning.trainer.foreign import OneProcess, adopt
+from puretrain.lightning.trainer.distributed import Processes
+from puretrain.lightning.trainer.foreign import adopt
 from puretrain.lightning.trainer.optimization import configure
 from puretrain.lightning.trainer.results import Results
 from puretrain.lightning.trainer.states import RunningStage, StateView, TrainerFn, TrainerState
@@ -38,7 +46,7 @@ from puretrain.lightning.utilities.warnings import WarningCache
 __all__ = ["Trainer"]
 
 _warnings = WarningCache()
-_DEFAULT: Any = object()
+_DEFAULT: Any = ...  # not given; None says something else
 _NOTHING = contextlib.nullcontext()
 
 
@@ -239,7 +247,7 @@ class Trainer:
         self.automatic_optimization = automatic_optimization
         self.move_metrics_to_cpu, self.replace_sampler_ddp = (
             move_metrics_to_cpu,
-            replace_sampler_ddp,
+            replace_sampler_ddp and use_distributed_sampler,
         )
         self.sync_batchnorm = sync_batchnorm
         self._deadline: float | None = None
@@ -254,21 +262,18 @@ class Trainer:
             raise MisconfigurationException(
                 "Apex is not used here; leave amp_backend='native', which is torch's autocast"
             )
-        accelerator, precision = devices_of.read_plugins(plugins, accelerator, precision)
-        devices_of.check_devices(
-            accelerator or distributed_backend,
-            strategy,
-            devices,
-            num_nodes,
-            num_processes,
-            sync_batchnorm,
-        )
+        strategy, precision = devices_of.read_plugins(plugins, strategy, precision)
         if auto_select_gpus and isinstance(gpus, int) and gpus:
             from puretrain.lightning.tuner.auto_gpu_select import pick_multiple_gpus
 
             gpus = pick_multiple_gpus(gpus)
-        self._set_device(accelerator, distributed_backend, gpus, devices, strategy, tpu_cores)
-        self.num_nodes, self.num_processes = num_nodes, num_processes
+        accelerator = accelerator or distributed_backend
+        self.accelerator_name, self.strategy_name = accelerator, strategy
+        self._set_device(
+            devices_of.plan_of(
+                accelerator, strategy, devices, num_nodes, num_processes, gpus, tpu_cores
+            )
+        )
         devices_of.check_logging_of_memory(log_gpu_memory, self.on_gpu)
         self._set_precision(precision)
         self.accumulate_grad_batches: int = 1
@@ -301,50 +306,24 @@ class Trainer:
                     "[0.0, 1.0] or an int."
                 )
 
-    def _set_device(
-        self, accelerator: Any, backend: Any, gpus: Any, devices: Any, strategy: Any, tpu: Any
-    ) -> None:
-        if tpu:
-            raise MisconfigurationException("there is no TPU support; use gpus= or the CPU")
-        if isinstance(accelerator, str) and accelerator in {"horovod", "tpu", "hpu", "ipu"}:
-            raise MisconfigurationException(
-                f"accelerator={accelerator!r} is not supported; use accelerator='cpu' or 'gpu'"
-            )
-        number = 0
-        available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        wanted = gpus
-        if accelerator in {"gpu", "cuda"}:
-            wanted = -1 if devices == "auto" else devices
-        if isinstance(wanted, str):
-            wanted = wanted.strip()
-            wanted = (
-                [int(part) for part in wanted.split(",") if part.strip()]
-                if "," in wanted
-                else int(wanted)
-            )
-        if wanted == -1:
-            wanted = list(range(available))
-            if not wanted:
-                raise MisconfigurationException("GPUs requested but none are available.")
-        if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted:
-            wanted = list(range(wanted))
-        if wanted:
-            missing = [n for n in wanted if n not in range(available)]
-            if missing:
-                raise MisconfigurationException(
-                    f"You requested GPUs: {list(wanted)}\n But your machine only has: "
-                    f"{list(range(available))}"
-                )
-            number = len(wanted)
-        self.data_parallel_device_ids = list(wanted) if wanted else None
-        if number > 1:
-            raise MisconfigurationException(
-                f"{number} GPUs were asked for; this trainer uses one. Give gpus=1, or use "
-                "puretrain's own sharding"
-            )
-        self._device = torch.device("cuda", wanted[0]) if wanted else torch.device("cpu")
-        self.num_gpus = number
-        self.accelerator_name, self.strategy_name = accelerator or backend, strategy
+    def _set_device(self, plan: devices_of.Plan) -> None:
+        self._processes = Processes(plan, plan.devices[0])
+        self._splits = plan.parts > 1
+        self._train_results.processes = self._processes
+        self.num_nodes = plan.nodes
+        self.num_processes = plan.per_node
+        gpus = [device.index for device in plan.devices if device.type == "cuda"]
+        self.data_parallel_device_ids = gpus or None
+        self.num_gpus = len(gpus)
+        self._take_ranks()
+
+    def _take_ranks(self) -> None:
+        """Find out which of the processes this is, and its device."""
+        plan = self._processes.plan
+        vars(self).update(distributed.assign_ranks(plan))
+        self._predictions = PredictionCollection(self.global_rank, self.world_size)
+        self._device = plan.devices[self.local_rank if plan.kind == "ddp" else 0]
+        self._processes.root_device = self._device
 
     def _set_precision(self, precision: Any) -> None:
         words = {
@@ -524,7 +503,7 @@ class Trainer:
         self.should_stop = False
         self.interrupted = False
         self._fold: Any = None
-        self._train_results = Results(training=True)
+        self._train_results = Results(training=True, processes=vars(self).get("_processes"))
         self._callback_metrics: dict[str, Any] = {}
         self._logged_metrics: dict[str, Any] = {}
         self._bar_metrics: dict[str, Any] = {}
@@ -554,7 +533,7 @@ class Trainer:
         self._called: list[str] = []
         self._epoch_measured = contextlib.ExitStack()
         self._generators_to_restore: Tensor | None = None
-        self._predictions = PredictionCollection(self.global_rank, 1)
+        self._predictions = PredictionCollection(self.global_rank, self.world_size)
         self.predict_loop = evaluation.Prediction(0)
         self._lr_scheduler_step: Any = None
         self._own: dict[str, Any] = {}
@@ -580,7 +559,7 @@ class Trainer:
     @property
     def strategy(self) -> Any:
         """What callbacks of 2.x ask to reduce a decision and the like."""
-        return OneProcess(self._device)
+        return self._processes
 
     @property
     def train_state(self) -> Any:
@@ -645,7 +624,8 @@ class Trainer:
     @property
     def world_size(self) -> int:
         """The number of processes."""
-        return int(os.environ.get("WORLD_SIZE", "1")) if self.num_nodes == 1 else self.num_nodes
+        processes = vars(self).get("_processes")
+        return 1 if processes is None else int(processes.plan.world_size)
 
     @property
     def global_rank(self) -> int:
@@ -884,7 +864,7 @@ class Trainer:
                 step = max(self._steps_done - 1, 0)
             else:
                 step = int(given)
-        if self._logger is None:
+        if self._logger is None or not self.is_global_zero:
             return
         aggregate = getattr(self._logger, "agg_and_log_metrics", None)
         (aggregate or self._logger.log_metrics)(scalars, step=step)
@@ -1016,6 +996,7 @@ class Trainer:
 
         def note(number: int, frame: Any) -> None:
             if number == signal.SIGINT and self._signals:
+                self._processes.disconnect()  # the others may be anywhere
                 raise KeyboardInterrupt
             self._signals.append(number)
 
@@ -1056,6 +1037,11 @@ class Trainer:
             1.
         """
         train = train_dataloaders if train_dataloaders is not None else train_dataloader
+        given = {"model": model, "train_dataloader": train, "val_dataloaders": val_dataloaders}
+        options = {"datamodule": datamodule, "ckpt_path": ckpt_path}
+        done, returned = launching.launch(self, "fit", given | options)
+        if done:
+            return int(returned)
         again = self._fold is not None and model is self._module
         self._attach(model, TrainerState.FITTING, TrainerFn.FITTING, datamodule, train,
                      train=train, val=val_dataloaders, keep=again)  # fmt: skip
@@ -1239,6 +1225,11 @@ class Trainer:
     def _evaluate(
         self, kind: str, model: Any, given: Any, path: Any, verbose: bool, datamodule: Any
     ) -> list[dict[str, float]]:
+        given_all = {"kind": kind, "model": model, "given": given, "path": path}
+        options = {"verbose": verbose, "datamodule": datamodule}
+        done, returned = launching.launch(self, "_evaluate", given_all | options)
+        if done:
+            return list(returned)
         fit_module = self._module
         module = model if model is not None else fit_module
         if module is None:
@@ -1272,8 +1263,8 @@ class Trainer:
             with self._watching_signals():
                 found = evaluation.run_evaluation(self, kind)
             self._predictions.to_disk()
-            self._predictions = PredictionCollection(self.global_rank, 1)
-            if verbose:
+            self._predictions = PredictionCollection(self.global_rank, self.world_size)
+            if verbose and self.is_global_zero:
                 self._print_results(stage, found)
             self._finish_loggers("success")
             call(self, "on_fit_end")
@@ -1292,6 +1283,11 @@ class Trainer:
         weights_only: bool | None = None,
     ) -> Any:
         """Run ``predict_step`` over loaders; the outputs come by loader if there are several."""
+        given = {"model": model, "dataloaders": dataloaders, "datamodule": datamodule}
+        options = {"return_predictions": return_predictions, "ckpt_path": ckpt_path}
+        done, returned = launching.launch(self, "predict", given | options)
+        if done:
+            return returned
         module = model if model is not None else self._module
         if module is None:
             raise MisconfigurationException("give a model to `predict`, as none was fitted")
@@ -1368,7 +1364,7 @@ class Trainer:
                 "Saving a checkpoint is only possible if a model is attached to the Trainer. Did "
                 "you call `Trainer.save_checkpoint()` before calling `Trainer.{fit,validate,test}`?"
             )
-        checkpointing.save(self, filepath, weights_only=bool(weights_only))
+        checkpointing.save(self, filepath, weights_only=bool(weights_only), together=self._speaks_2)
 
     def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
         """The checkpoint of the run, as a dict."""
@@ -1442,8 +1438,11 @@ class Trainer:
     @contextlib.contextmanager
     def _running(self, stage: str) -> Iterator[None]:
         try:
+            self._processes.connect(self)
             yield
         except BaseException as error:
+            self._processes.disconnect()
+            launching.end_children()
             self._fx = None
             self._state = TrainerState.INTERRUPTED
             self._results = None
@@ -1460,7 +1459,9 @@ class Trainer:
             if owner is not None and implements(owner, "prepare_data"):
                 if owner is self.datamodule and self._was_done(owner, "has_prepared_data"):
                     continue
-                owner.prepare_data()
+                if distributed.prepares_data(self, owner):
+                    owner.prepare_data()
+                self._processes.barrier()
 
     def _was_done(self, data: Any, flag: str) -> bool:
         """Whether a data module has done this already: 1.x asks, 2.x calls it for each run."""
@@ -1507,6 +1508,9 @@ class Trainer:
             self._module.to(self._half)
         if self._device.type != "cpu":
             self._module.to(self._device)
+        if self.sync_batchnorm and self._fn is TrainerFn.FITTING:
+            self._processes.synchronize_norms(self._module)
+        self._processes.begin(self._module, training=self._fn is TrainerFn.FITTING)
 
     def _configure_optimizers(self) -> None:
         if self.optimizers and self._fold is not None:
@@ -1528,7 +1532,7 @@ class Trainer:
 
     def _log_hyperparameters(self) -> None:
         logger = self._logger
-        if logger is None:
+        if logger is None or not self.is_global_zero:
             return
         module = self._module
         found: dict[str, Any] = {}
@@ -1544,7 +1548,7 @@ class Trainer:
             logger.save()
 
     def _finish_loggers(self, status: str) -> None:
-        if self._logger is None:
+        if self._logger is None or not self.is_global_zero:
             return
         if hasattr(self._logger, "save"):  # what waits to be joined with values of the same step
             self._logger.save()
@@ -1562,6 +1566,21 @@ class Trainer:
             print(_formatted(metrics))
         if found:
             print("-" * 80)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the processes that a run starts: where it stands is begun anew there."""
+        return {**vars(self), "_fold": None, "_hooks": {}, "_item": None, "_transfer": None}
+
+    def _agree(self) -> None:
+        """Let all processes stop, or note a signal, after the same step."""
+        if not self._processes.connected:
+            return
+        stop, number = self._processes.largest(
+            int(bool(self.should_stop)), max(self._signals, default=0)
+        )
+        self.should_stop = bool(stop)
+        if number and not self._signals:
+            self._signals.append(number)
 
     # ── From a command line ───────────────────────────────────────────────────────────────────────
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from puretrain import loop, random
-from puretrain.lightning.trainer import loaders
+from puretrain.lightning.trainer import loaders, splitting
 from puretrain.lightning.trainer.calls import (
     call,
     call_module,
@@ -27,6 +27,7 @@ from puretrain.lightning.trainer.calls import (
     keys_of,
     takes,
 )
+from puretrain.lightning.trainer.distributed import equal_number
 from puretrain.lightning.trainer.evaluation import run_evaluation
 from puretrain.lightning.trainer.loaders import Item, LoaderSource
 from puretrain.lightning.trainer.optimization import step_schedulers
@@ -113,6 +114,7 @@ def _fit_start(trainer: Any, state: TrainState, event: Event) -> TrainState:
     due, trainer._due = trainer._due, NOTHING_DUE
     call(trainer, "on_train_start")
     trainer._module.train()
+    trainer._agree()
     if due:
         _finish(trainer, state, due)
     done = _is_done(trainer, int(state.cursor.epoch))
@@ -136,6 +138,7 @@ def _epoch_start(trainer: Any, state: TrainState, event: Event) -> TrainState:
     trainer.current_epoch = int(state.cursor.epoch)
     trainer._hooks = {}
     trainer._results = trainer._train_results
+    trainer._processes.watch(trainer._module)
     if trainer._loaders_are_due("train"):
         prepare_training_loader(trainer)
     if trainer._profiles:
@@ -156,6 +159,7 @@ def _epoch_end(trainer: Any, state: TrainState, event: Event) -> TrainState:
     _end_epoch(trainer, EPOCH_ENDED)
     trainer._epoch_measured.close()
     trainer._epoch_over = False
+    trainer._agree()
     if trainer._signals:
         trainer._interrupt()
     done = _is_done(trainer, int(state.cursor.epoch)) or trainer._epoch_cut
@@ -217,6 +221,7 @@ def _after_batch(trainer: Any, due: int) -> None:
     if due <= BATCH_ENDED:
         trainer._due = BATCH_ENDED
         _train_batch_end(trainer)
+        trainer._agree()
         _log_step(trainer)
         if trainer.should_stop and _may_stop(trainer, trainer.current_epoch + 1):
             trainer._epoch_over = True
@@ -271,6 +276,7 @@ def _validate(trainer: Any, during: int, after: int) -> None:
     stage, results = trainer._stage, trainer._results
     over = results.batches_are_over
     run_evaluation(trainer, "val", on_end=lambda: setattr(trainer, "_due", after))
+    trainer._agree()
     trainer._stage, trainer._results = stage, results
     results.batches_are_over = over
     trainer._module.train() if not trainer._module.training else None
@@ -322,6 +328,7 @@ def _end_epoch(trainer: Any, due: int, *, resumed: bool = False) -> None:
             trainer._keep_metrics()  # of the last step
         results.batches_are_over = True
         results.begin_batch(None)
+        results.synchronize()
         if not resumed:
             _training_epoch_end(trainer, outputs)
         trainer._validation_follows = _validation_is_due_at_end(trainer)
@@ -405,6 +412,7 @@ def prepare_training_loader(trainer: Any) -> None:
         total = loaders.limited(length, trainer.overfit_batches, "overfit_batches")
     else:
         total = loaders.limited(length, trainer.limit_train_batches, "limit_train_batches")
+    total = equal_number(trainer, total)
     trainer.num_training_batches = total
     interval = trainer.val_check_interval
     if isinstance(interval, int) and not isinstance(interval, bool):
@@ -599,6 +607,8 @@ def _optimize(trainer: Any, batch: Any, index: int, number: int) -> dict[str, An
         if trainer._scaler is not None and loss is not None:
             trainer._scaler.unscale_(optimizer)
         _before_step(trainer, optimizer, number)
+        if isinstance(optimizer, torch.optim.LBFGS):  # it decides by the loss how to go on
+            return trainer._processes.reduce(loss)
         return loss
 
     own = trainer._own.get("optimizer_step")
@@ -668,6 +678,12 @@ def _loss_of(
     module = trainer._module
     returned = _training_step(trainer, batch, index, number)
     if returned is None:
+        if trainer._processes.connected:
+            raise MisconfigurationException(
+                "Skipping the `training_step` by returning None in distributed training is not "
+                "supported: the other processes wait for the gradients of this one. Return a loss "
+                "of zero that depends on the parameters"
+            )
         _warnings.warn(
             "`training_step` returned `None`. If this was on purpose, ignore this warning..."
         )
@@ -718,12 +734,17 @@ def _training_step(trainer: Any, batch: Any, index: int, number: int) -> Any:
         named["hiddens"] = trainer._hiddens
     casting = trainer._casting
     trainer._fx = "training_step"
+    automatic = trainer._module.automatic_optimization
+    trainer._processes.before_step(trainer._accumulating, automatic)
     with (
         trainer._profile("model_forward"),
         trainer._profile("training_step"),
         _OFF if casting is None else casting(),
     ):
-        returned = trainer._module.training_step(*arguments, **named)
+        if trainer._splits:
+            returned = splitting.call_parts(trainer, "training_step", arguments, named)
+        else:
+            returned = trainer._module.training_step(*arguments, **named)
         if "training_step_end" in trainer._own:
             trainer._fx = "training_step_end"
             ended = trainer._own["training_step_end"](returned)

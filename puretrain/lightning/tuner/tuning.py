@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from puretrain.lightning.tuner import batch_size_scaling, lr_finder
+from puretrain.lightning.utilities.exceptions import MisconfigurationException
 
 __all__ = ["Tuner"]
 
@@ -78,6 +79,7 @@ class Tuner:
         **options: Any,
     ) -> Any:
         """Find a learning rate; see :func:`puretrain.lightning.tuner.lr_finder.lr_find`."""
+        _check_one_process(self.trainer)
         train = train_dataloaders if train_dataloaders is not None else train_dataloader
         if args and hasattr(args[0], "prepare_data"):  # where 1.3 has the data module
             options["datamodule"], args = args[0], args[1:]
@@ -94,6 +96,7 @@ class Tuner:
 
         See :func:`puretrain.lightning.tuner.batch_size_scaling.scale_batch_size`.
         """
+        _check_one_process(self.trainer)
         if train_dataloaders is not None:
             options["train_dataloader"] = train_dataloaders
         if args and not isinstance(args[0], str):  # where 1.3 has the training loader
@@ -102,3 +105,11 @@ class Tuner:
             options |= dict(zip(names, args, strict=False))
             args = ()
         return batch_size_scaling.scale_batch_size(self.trainer, model, *args, **options)
+
+
+def _check_one_process(trainer: Any) -> None:
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"the tuner looks in one process, and this trainer has {trainer.world_size}: tune with "
+            "another Trainer, without num_processes, devices or gpus above 1"
+        )
