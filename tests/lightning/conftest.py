@@ -1,10 +1,10 @@
-"""The programs are run by test_wild.py, where ``pytorch_lightning`` is puretrain's."""
+"""The programs are run by tests, where ``pytorch_lightning`` is puretrain's."""
 
 import sys
 
 import pytest
 
-collect_ignore = ["programs"]
+collect_ignore = ["programs", "distributed_programs"]
 
 
 @pytest.fixture(autouse=True)

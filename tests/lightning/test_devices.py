@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import puretrain.lightning as pl
-from puretrain.lightning import plugins
+from puretrain.lightning import plugins, strategies
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 
 
@@ -15,18 +15,40 @@ def trainer_of(tmp_path, **arguments):
     return pl.Trainer(default_root_dir=str(tmp_path), **arguments)
 
 
+def test_what_has_no_effect_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="SLURMEnvironment has no effect"):
+        trainer_of(tmp_path, plugins=plugins.SLURMEnvironment())
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "processes", "launch"),
     [
-        ({"num_nodes": 2}, "num_nodes=2: several processes are not supported yet"),
-        ({"num_processes": 2, "accelerator": "ddp_cpu"}, "num_processes=2: several"),
-        ({"sync_batchnorm": True}, "sync_batchnorm=True has no effect"),
-        ({"plugins": plugins.SLURMEnvironment()}, "SLURMEnvironment has no effect"),
+        ({"num_processes": 2, "accelerator": "ddp_cpu"}, 2, "spawn"),
+        ({"num_processes": 2, "accelerator": "ddp"}, 2, "script"),
+        ({"num_processes": 2}, 2, "script"),
+        ({"num_processes": 3, "distributed_backend": "ddp_spawn"}, 3, "spawn"),
+        ({"num_processes": 2, "plugins": "ddp_spawn"}, 2, "spawn"),
+        ({"num_processes": 2, "num_nodes": 3, "accelerator": "ddp"}, 6, "script"),
+        ({"accelerator": "cpu", "devices": 2}, 2, "script"),
+        ({"accelerator": "cpu", "devices": "2", "strategy": "ddp_spawn"}, 2, "spawn"),
+        ({"accelerator": "cpu", "devices": 2, "strategy": "ddp_notebook"}, 2, "fork"),
+        ({"accelerator": "cpu", "devices": 2,
+          "strategy": "ddp_find_unused_parameters_true"}, 2, "script"),
+        ({"accelerator": "cpu", "devices": 2, "strategy": strategies.DDPStrategy()}, 2, "script"),
+        ({"accelerator": "cpu", "devices": 2,
+          "strategy": strategies.DDPStrategy(start_method="spawn")}, 2, "spawn"),
+        ({"num_processes": 2, "accelerator": "dp"}, 1, "none"),
+        ({"num_processes": 2, "num_nodes": 2, "accelerator": "ddp2"}, 2, "script"),
+        ({"num_processes": 1, "accelerator": "ddp_cpu"}, 1, "none"),
+        ({"accelerator": "cpu", "devices": "auto", "strategy": "ddp"}, 1, "none"),
     ],
-)
-def test_what_has_no_effect_says_so(arguments, message, tmp_path):
-    with pytest.warns(UserWarning, match=message):
-        trainer_of(tmp_path, **arguments)
+)  # fmt: skip
+def test_how_many_processes_are_started_and_how(arguments, processes, launch, tmp_path):
+    trainer = trainer_of(tmp_path, **arguments)
+    assert trainer.world_size == processes
+    assert trainer.strategy.plan.launch == launch
+    assert (trainer.global_rank, trainer.local_rank, trainer.node_rank) == (0, 0, 0)
+    assert trainer.is_global_zero
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -34,7 +56,6 @@ def test_what_has_no_effect_says_so(arguments, message, tmp_path):
     ("arguments", "message"),
     [
         ({"log_gpu_memory": "all"}, "log_gpu_memory='all' has no effect"),
-        ({"accelerator": "cpu", "devices": 2}, "devices=2: several"),
     ],
 )
 def test_what_has_no_effect_without_a_gpu_says_so(arguments, message, tmp_path):
@@ -50,6 +71,8 @@ def test_what_has_no_effect_without_a_gpu_says_so(arguments, message, tmp_path):
         ({"strategy": "fsdp"}, "not sharded"),
         ({"plugins": "ddp_sharded"}, "FairScale"),
         ({"accelerator": "gpus"}, "is none of"),
+        ({"accelerator": "dp", "num_nodes": 2}, "one machine"),
+        ({"accelerator": "cpu", "devices": 0}, "no number of processes"),
         ({"log_gpu_memory": "max"}, "'all' or 'min_max'"),
         ({"precision": 64, "plugins": plugins.NativeMixedPrecisionPlugin()}, "go together"),
         ({"gpus": 2, "auto_select_gpus": True}, "No GPUs available"),
@@ -89,3 +112,9 @@ def test_what_works_on_one_device_is_quiet(tmp_path):
         trainer.fit(Model(), DataLoader(data, 1))
     assert trainer.callback_metrics["dtype"] == 1
     assert trainer.callback_metrics["loss"].device.type == "cpu"
+
+
+def test_the_tuner_wants_one_process(tmp_path):
+    trainer = trainer_of(tmp_path, accelerator="ddp", num_processes=2, auto_lr_find=True)
+    with pytest.raises(MisconfigurationException, match="looks in one process"):
+        trainer.tune(pl.LightningModule())
