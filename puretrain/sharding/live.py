@@ -144,6 +144,11 @@ class AveragedGradients:
         parameter.requires_grad_(required)
         return handle
 
+    def watches(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether these are the parameters that are watched."""
+        given = {id(p) for p in parameters if p.is_floating_point() or p.is_complex()}
+        return given == {id(p) for p in self.parameters}
+
     def remove(self) -> None:
         """Watch no more."""
         for handle in self._handles:

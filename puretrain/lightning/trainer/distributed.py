@@ -157,8 +157,14 @@ class Processes(OneProcess):
     def disconnect(self) -> None:
         """Talk to nobody any more: this process has failed, and the others must not be awaited."""
         self._connection = None
+        self.release()
+
+    def release(self) -> None:
+        """Watch gradients no more: what is computed after a run is this process's own affair."""
         if self._averaged is not None:
             self._averaged.active = False
+            self._averaged.remove()
+            self._averaged = None
 
     # ── What callbacks ask, too ───────────────────────────────────────────────────────────────────
 
@@ -228,9 +234,7 @@ class Processes(OneProcess):
         """Give all processes the parameters and buffers of the first, and watch the gradients."""
         if self._connection is None:
             return
-        if self._averaged is not None:
-            self._averaged.remove()
-            self._averaged = None
+        self.release()
         tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
         with torch.no_grad():
             send_to_all(tensors, self._connection.group)
@@ -246,10 +250,8 @@ class Processes(OneProcess):
             return
         self._buffers = list(module.buffers())
         parameters = list(module.parameters())
-        watched = [] if self._averaged is None else self._averaged.parameters
-        if {id(p) for p in watched} != {id(p) for p in parameters if p.is_floating_point()}:
-            if self._averaged is not None:
-                self._averaged.remove()
+        if self._averaged is None or not self._averaged.watches(parameters):
+            self.release()
             self._averaged = AveragedGradients(parameters, self._connection.group)
 
     def before_step(self, accumulating: bool = False, automatic: bool = True) -> None:

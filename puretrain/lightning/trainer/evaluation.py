@@ -175,8 +175,8 @@ def _batches(
                 kept.append(output)
             if not trainer.sanity_checking:
                 _log_step(trainer, results, kind)
-            if trainer._signals:
-                trainer._interrupt()
+            if trainer._signals and not trainer._processes.connected:
+                trainer._interrupt()  # several processes must leave at the same place: later
             if index + 1 >= limit:
                 break
     results.loader = None

@@ -180,6 +180,13 @@ def _wait_for_children() -> None:
         time.sleep(0.02)
     if any(child.poll() for child in list(_children)):
         time.sleep(_GRACE + 1)  # the watching thread ends the program
+    for child in _children:
+        if child.poll() is None:
+            print(
+                f"puretrain: the process {child.pid} of the run has not ended {_PATIENCE:.0f} s "
+                "after this one; it is ended",
+                file=sys.stderr,
+            )
     end_children()
 
 

@@ -1262,6 +1262,9 @@ class Trainer:
             self._eval_loaders.pop(kind, None)
             with self._watching_signals():
                 found = evaluation.run_evaluation(self, kind)
+                self._agree()
+                if self._signals and self._processes.connected:
+                    self._interrupt()
             self._predictions.to_disk()
             self._predictions = PredictionCollection(self.global_rank, self.world_size)
             if verbose and self.is_global_zero:
@@ -1448,6 +1451,7 @@ class Trainer:
             self._results = None
             call(self, "on_exception", error)
             raise
+        self._processes.release()
         self._teardown(stage)
         if not self.interrupted:
             self._state = TrainerState.FINISHED
