@@ -1461,11 +1461,10 @@ class Trainer:
     def _prepare_data(self) -> None:
         for owner in (self.datamodule, self._module):
             if owner is not None and implements(owner, "prepare_data"):
-                if owner is self.datamodule and self._was_done(owner, "has_prepared_data"):
-                    continue
-                if distributed.prepares_data(self, owner):
+                done = owner is self.datamodule and self._was_done(owner, "has_prepared_data")
+                if not done and distributed.prepares_data(self, owner):
                     owner.prepare_data()
-                self._processes.barrier()
+                self._processes.barrier()  # also where it was done: not all know of that
 
     def _was_done(self, data: Any, flag: str) -> bool:
         """Whether a data module has done this already: 1.x asks, 2.x calls it for each run."""

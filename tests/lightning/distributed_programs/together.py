@@ -323,10 +323,23 @@ class Normed(Base):
         return self.net(batch[0].unsqueeze(1))
 
 
+class Data(pl.LightningDataModule):
+    prepared = 0
+
+    def prepare_data(self):
+        self.prepared += 1
+
+    def train_dataloader(self):
+        return DataLoader(samples(22), batch_size=3, shuffle=True)
+
+
 def normed(folder):
-    model = Normed()
+    model, data = Normed(), Data()
     trainer = pl.Trainer(**TWO, **QUIET, max_epochs=1, default_root_dir=folder, sync_batchnorm=True)
-    trainer.fit(model)
+    trainer.fit(model, datamodule=data)
+    other = pl.Trainer(**TWO, **QUIET, max_epochs=0, default_root_dir=folder)
+    other.fit(Base(), datamodule=data)  # it was prepared already, which only one process knows
+    assert data.prepared == (1 if trainer.is_global_zero else 0)
     (row,) = trainer.predict(model, DataLoader(samples(2), batch_size=1))
     return {"weights": weights(model), "predicted": row}
 
