@@ -127,6 +127,8 @@ class Gradients(NamedTuple):
     """A gradient for each leaf of the parameters, in their order; None where there is none."""
     as_tree: Callable[[Sequence[Any]], Any]
     """Makes a tree like the parameters out of such leaves."""
+    everywhere: Callable[[bool], bool] = bool
+    """Whether something holds in all processes, where they hold different gradients."""
 
 
 class Passage(NamedTuple):
@@ -735,7 +737,9 @@ def _all_finite(result: Gradients, tracing: bool) -> bool | Tensor:
         return torch.stack([x.isfinite().all() for x in (result.loss, *grads)]).all()
     # The largest magnitude of each, which is finite only if all are; it can't overflow as a sum can
     largest = torch._foreach_norm(grads, float("inf")) if grads else []
-    return bool(torch.stack([x.isfinite() for x in (result.loss, *largest)]).all())
+    return result.everywhere(
+        bool(torch.stack([x.isfinite() for x in (result.loss, *largest)]).all())
+    )
 
 
 def _raise_unless(finite: bool | Tensor, state: TrainState, result: Gradients) -> None:
@@ -745,9 +749,12 @@ def _raise_unless(finite: bool | Tensor, state: TrainState, result: Gradients) -
     if bool(result.loss.isfinite()):
         pairs = zip(tree_paths(state.params), result.grads, strict=True)
         bad = "the gradient of " + next(
-            f"params/{path_string(path)}"
-            for path, grad in pairs
-            if grad is not None and not bool(grad.isfinite().all())
+            (
+                f"params/{path_string(path)}"
+                for path, grad in pairs
+                if grad is not None and not bool(grad.isfinite().all())
+            ),
+            "a parameter of which another process has a shard",
         )
     raise NonFiniteError(
         f"step {int(state.step)}: {bad} is not finite (loss {result.loss.item()}). The state is "

@@ -17,6 +17,7 @@ from torch import Tensor
 from puretrain import random
 from puretrain.errors import OptimizerError, TransformError
 from puretrain.optim.base import Optimizer
+from puretrain.optim.shards import cut_leaves, parts_are_given
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -212,6 +213,7 @@ def from_torch(
 
     def init(params: Any) -> TorchOptimizerState:
         _refuse_transforms(recipe)
+        _refuse_parts(recipe, params)
         with torch.no_grad(), random.scope(random.key(0)):
             return _initial_state(recipe, params)
 
@@ -219,6 +221,7 @@ def from_torch(
         grads: Any, opt_state: TorchOptimizerState, params: Any, *, donate: bool = False
     ) -> tuple[Any, TorchOptimizerState]:
         _refuse_transforms(recipe)
+        _refuse_parts(recipe, params)
         leaves, structure = tree_flatten(params)
         gradients = tree_flatten_up_to(structure, grads)
         layout = opt_state.layout
@@ -897,6 +900,27 @@ def _refuse_transforms(recipe: _Recipe) -> None:
         raise TransformError(
             f"{recipe.name} changes tensors in place, which vmap, grad and torch.compile can't "
             f"trace; use {instead}"
+        )
+
+
+_BY_ELEMENT = (
+    *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax"),
+    *("RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD"),
+)
+
+
+def _refuse_parts(recipe: _Recipe, params: Any) -> None:
+    cls = recipe.optimizer_class
+    if not parts_are_given() or (_is_torchs_own(cls) and cls.__name__ in _BY_ELEMENT):
+        return
+    found = cut_leaves(tree_paths(params))
+    if found is not None:
+        cut = zip(tree_paths(params), found[1], strict=True)
+        path = next(path for path, is_cut in cut if is_cut)
+        raise OptimizerError(
+            f"{recipe.name}: each process has only a part of {path_string(path)}, and it is not "
+            "known whether the update works on each element by itself; leave the leaves whole "
+            "(whole=… of puretrain.sharding.zero), or use an optimizer of puretrain.optim"
         )
 
 

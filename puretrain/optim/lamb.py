@@ -83,9 +83,7 @@ def lamb(
         square = h.beta2 * square + (1 - h.beta2) * grad * grad
         step = mean / h.correction1 / (square_root(square / h.correction2) + h.eps)
         step = step + h.weight_decay * param
-        # Contiguous, because the sum of squares rounds by the order of its terms in memory.
-        size = torch.linalg.vector_norm(param.contiguous())
-        length = torch.linalg.vector_norm(step.contiguous())
+        size, length = h.norm(param), h.norm(step)
         moves = (size > 0) & (length > 0)
         # A quotient by 0 would be chosen out, but its derivative would be NaN.
         ratio = torch.where(moves, size / torch.where(moves, length, 1.0), 1.0)
@@ -100,5 +98,5 @@ def lamb(
         vectors={"step": 0.0},
         scalars=scalars,
         maximize=maximize,
-        elementwise=False,  # it takes norms of leaves
+        reads="norms",
     )

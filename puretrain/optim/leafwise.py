@@ -13,7 +13,7 @@ import numbers
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from puretrain.errors import OptimizerError, StructureError
 from puretrain.optim.base import Optimizer, plain_value, schedule_value
 from puretrain.optim.members import Active, Together, runs
+from puretrain.optim.shards import cut_leaves, parts_are_given
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -89,6 +90,10 @@ Scalars = Callable[[Values, Mapping[str, Tensor]], Mapping[str, Tensor]]
 each leaf); under the name of a vector, its new value."""
 
 
+Reads = Literal["elements", "norms", "leaf"]
+Norm = Callable[[Tensor], Tensor]
+
+
 def on_cpu_or_gpu(param: Tensor) -> bool:
     """Whether a leaf is a plain tensor where torch has fused kernels."""
     return type(param) in _PLAIN and param.device.type in ("cpu", "cuda")
@@ -122,7 +127,7 @@ def leafwise(
     beside_leaves: bool = False,
     maximize: bool = False,
     check: Callable[[list[str], Column], None] | None = None,
-    elementwise: bool = True,
+    reads: Reads = "elements",
 ) -> Optimizer:
     """Make an optimizer out of a formula.
 
@@ -143,8 +148,10 @@ def leafwise(
         beside_leaves: whether it reads the vectors on the GPU where the leaves are.
         maximize: climb instead of descending.
         check: a further check of the leaves and their paths; raises.
-        elementwise: whether each element is updated by itself, so that the leaves of several
-            members can be taken as one.
+        reads: what of a leaf the formula needs for one of its elements: that element, also norms of
+            the leaf (``h.norm(x)``; such an optimizer has no kernel), or the leaf as it is. It
+            decides what may be done with parts of leaves (see :mod:`puretrain.optim.shards`), and
+            whether the leaves of several members can be taken as one.
     """
     values = {k: float(v) if isinstance(v, numbers.Real) else v for k, v in hyperparameters.items()}
     present = {"count", *slots, *(vectors or {})}
@@ -166,7 +173,7 @@ def leafwise(
         check,
         tuple(field for field in state_type._names if field not in present),
         changing,
-        elementwise,
+        reads,
         None if changing else Values(values),
     )
     update = functools.partial(_update, method)
@@ -200,7 +207,7 @@ class _Method(NamedTuple):
     """The fields of the state that are None."""
     changing: tuple[str, ...]
     """The hyper-parameters that are schedules or tensors."""
-    elementwise: bool
+    reads: Reads
     fixed: Values | None
     """The hyper-parameters, if all of them are numbers."""
 
@@ -212,6 +219,7 @@ def _init(method: _Method, params: Any, /) -> Any:
         _check_leaf(method.name, path, leaf)
     if method.check is not None:
         method.check(paths, leaves)
+    _norms(method, params)  # raises where a part of a leaf won't do
     content: dict[str, Any] = {"count": torch.tensor(0, dtype=torch.int64)}
     with torch.no_grad():
         for slot, first in method.slots.items():
@@ -248,7 +256,9 @@ def _update(
         now = schedule_value(method.hyperparameters[k], state.count)
         h[k] = now if transformed else plain_value(method.name, k, now)
     if transformed:
-        leaves, columns, rows = _by_formula(method, gradients, leaves, columns, rows, h, _replaced)
+        leaves, columns, rows = _by_formula(
+            method, gradients, leaves, columns, rows, h, _replaced, None
+        )
         count = state.count + _ONE
     else:
         direct = (
@@ -269,7 +279,7 @@ def _update(
                     leaves = [leaf.clone() for leaf in leaves]
                     columns = [[x.clone() for x in column] for column in columns]
                     rows = {vector: row.clone() for vector, row in rows.items()}
-                _in_place(method, gradients, leaves, columns, rows, h)
+                _in_place(method, gradients, leaves, columns, rows, h, _norms(method, params))
                 count = state.count.add_(_ONE) if donate else state.count + _ONE
     if known is not None:
         names = params._items
@@ -350,7 +360,7 @@ def _taken_apart(
         member = functools.partial(tree_map, lambda leaf: leaf[0])
         raise _misfit(first, *map(member, (grads, state, params)))
     there = [i for i, grad in enumerate(gradients) if grad is not None]
-    whole = [first.elementwise and _rounds_alike(leaf) for leaf in leaves]
+    whole = [first.reads == "elements" and _rounds_alike(leaf) for leaf in leaves]
     return _Split(first, [leaves, *columns], there, whole, {}, [], []), gradients
 
 
@@ -580,10 +590,11 @@ def _in_place(
     columns: list[Column],
     rows: dict[str, Tensor],
     h: Values,
+    norms: list[Norm] | None = None,
 ) -> None:
     if method.kernel is None:
         if any(grad is not None for grad in grads):
-            _by_formula(method, grads, params, columns, rows, h, Tensor.copy_)
+            _by_formula(method, grads, params, columns, rows, h, Tensor.copy_, norms)
         return
     fused: list[int] = []
     others: list[int] = []
@@ -629,6 +640,7 @@ def _by_formula(
     rows: dict[str, Tensor],
     h: Values,
     put: Callable[[Tensor, Tensor], Tensor],
+    norms: list[Norm] | None,
 ) -> tuple[Column, list[Column], dict[str, Tensor]]:
     """Put the new tensors in the place of the old ones, one leaf after the other."""
     grown = {vector: row.double() for vector, row in rows.items()}
@@ -655,6 +667,8 @@ def _by_formula(
         if kind not in cast_values:
             cast_values[kind] = Values({k: _like(v, *kind) for k, v in (h | per_leaf).items()})
         here = Values({k: v[i] if k in per_leaf else v for k, v in cast_values[kind].items()})
+        if method.reads == "norms":
+            here["norm"] = whole_norm if norms is None else norms[i]
         new_param, *new_slots = method.formula(
             param.to(wide),
             -grad.to(wide) if method.maximize else grad.to(wide),
@@ -665,6 +679,31 @@ def _by_formula(
         for column, new_column, slot in zip(columns, new_columns, new_slots, strict=True):
             new_column[i] = put(column[i], slot.to(column[i].dtype))
     return new_params, new_columns, new_rows
+
+
+def whole_norm(x: Tensor) -> Tensor:
+    """The Euclidean norm of a leaf, of shape ``()``."""
+    # Contiguous, because the sum of squares rounds by the order of its terms in memory.
+    return cast(Tensor, torch.linalg.vector_norm(x.contiguous()))
+
+
+def _norms(method: _Method, params: Any) -> list[Norm] | None:
+    """How to get the norm of each leaf, if some are parts and the formula wants norms."""
+    if method.reads == "elements" or not parts_are_given():
+        return None
+    paths = tree_paths(params)
+    found = cut_leaves(paths)
+    if found is None:
+        return None
+    shards, cut = found
+    if method.reads == "leaf":
+        names = [path_string(path) for path, is_cut in zip(paths, cut, strict=True) if is_cut]
+        raise OptimizerError(
+            f"{method.name}: its update of a leaf needs the whole of it, but of "
+            f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''} each process has only a "
+            "part; leave these leaves whole (whole=… of puretrain.sharding.zero)"
+        )
+    return [shards.norm if is_cut else whole_norm for is_cut in cut]
 
 
 def decayed(param: Tensor, grad: Tensor, h: Values) -> Tensor:

@@ -179,5 +179,5 @@ def muon(
         slots={"momentum_buffer": zeros},
         kernel=kernel,
         check=check,
-        elementwise=False,  # it multiplies matrices
+        reads="leaf",
     )

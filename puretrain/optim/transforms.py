@@ -23,6 +23,7 @@ from puretrain.optim.base import (
     schedule_value,
 )
 from puretrain.optim.members import Active, Together, together
+from puretrain.optim.shards import Shards, cut_leaves, parts_are_given
 from puretrain.tree import (
     FrozenDict,
     Path,
@@ -457,9 +458,14 @@ def global_norm(tree: Any) -> Tensor:
     return _norm([leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)])
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+_Cut = tuple[Shards, list[bool]]
+
+
+def _norm(tensors: list[Tensor], cut: _Cut | None = None) -> Tensor:
     if not tensors:
         return torch.tensor(0.0)
+    if cut is not None:
+        return _norm_over_parts(tensors, *cut)
     if under_transform():
         norms = [torch.linalg.vector_norm(x).to(tensors[0].device) for x in tensors]
     elif len({(x.device, x.dtype) for x in tensors}) == 1:
@@ -467,6 +473,16 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     else:
         return torch.nn.utils.get_total_norm(tensors)
     return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _norm_over_parts(tensors: list[Tensor], shards: Shards, cut: list[bool]) -> Tensor:
+    """The norm of all tensors together, where of some only a part is here."""
+    squares = torch.stack(
+        [torch.linalg.vector_norm(x).double().square().to(tensors[0].device) for x in tensors]
+    )
+    is_cut = torch.tensor(cut, device=squares.device)
+    squares[is_cut] = shards.total(squares[is_cut])
+    return squares.sum().sqrt().to(tensors[0].dtype)
 
 
 def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> GradientTransformation:
@@ -490,8 +506,10 @@ def clip_by_global_norm(max_norm: float | Tensor | Schedule) -> GradientTransfor
     """
     check_rate("clip_by_global_norm", "max_norm", max_norm)
 
-    def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool) -> list[Tensor]:
-        norm = _norm(grads)
+    def clip(
+        grads: list[Tensor], limit: Any, params: Any, donate: bool, cut: _Cut | None
+    ) -> list[Tensor]:
+        norm = _norm(grads, cut)
         if isinstance(limit, Tensor):
             limit = limit.to(device=norm.device, dtype=norm.dtype)
         factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
@@ -543,7 +561,7 @@ def clip_by_value(max_value: float | Tensor | Schedule) -> GradientTransformatio
     """
     check_rate("clip_by_value", "max_value", max_value)
 
-    def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool) -> list[Tensor]:
+    def clip(grads: list[Tensor], limit: Any, params: Any, donate: bool, cut: Any) -> list[Tensor]:
         if isinstance(limit, Tensor):
             limits = [limit.to(device=g.device, dtype=g.dtype) for g in grads]
             return [g.clamp(-most, most) for g, most in zip(grads, limits, strict=True)]
@@ -576,7 +594,9 @@ def add_decayed_weights(
     """
     check_rate("add_decayed_weights", "weight_decay", weight_decay)
 
-    def decay(grads: list[Tensor], factor: Any, params: list[Tensor], donate: bool) -> list[Tensor]:
+    def decay(
+        grads: list[Tensor], factor: Any, params: list[Tensor], donate: bool, cut: Any
+    ) -> list[Tensor]:
         if isinstance(factor, Tensor):
             pairs = zip(grads, params, strict=True)
             return [g + factor.to(device=g.device, dtype=g.dtype) * p for g, p in pairs]
@@ -605,7 +625,7 @@ def scale(factor: float | Tensor | Schedule) -> GradientTransformation:
     if not callable(factor):
         check_number("scale", "factor", factor, least=-math.inf)
 
-    def multiply(grads: list[Tensor], by: Any, params: Any, donate: bool) -> list[Tensor]:
+    def multiply(grads: list[Tensor], by: Any, params: Any, donate: bool, cut: Any) -> list[Tensor]:
         return _multiplied(grads, by, donate)
 
     return _elementwise("scale", "factor", multiply, factor)
@@ -614,10 +634,13 @@ def scale(factor: float | Tensor | Schedule) -> GradientTransformation:
 def _elementwise(
     name: str,
     argument: str,
-    function: Callable[[list[Tensor], Any, list[Tensor], bool], list[Tensor]],
+    function: Callable[[list[Tensor], Any, list[Tensor], bool, _Cut | None], list[Tensor]],
     value: float | Tensor | Schedule,
 ) -> GradientTransformation:
-    """A transformation of the gradients that there are, with one number that may be a schedule."""
+    """A transformation of the gradients that there are, with one number that may be a schedule.
+
+    The function is also given which of the gradients are parts, if any are.
+    """
     scheduled = callable(value) and not isinstance(value, Tensor)
 
     def init(params: Any, /) -> Any:
@@ -638,6 +661,10 @@ def _elementwise(
         leaves, structure = tree_flatten(params)
         column = _aligned(name, structure, grads)
         pairs = [(g, p) for g, p in zip(column, leaves, strict=True) if g is not None]
+        cut = None
+        if parts_are_given():
+            places = zip(structure.paths(), column, strict=True)
+            cut = cut_leaves([path for path, g in places if g is not None])
         with nullcontext() if transformed else torch.no_grad():
             new = iter(
                 function(
@@ -645,6 +672,7 @@ def _elementwise(
                     current,
                     [p for _, p in pairs],
                     donate and not transformed,
+                    cut,
                 )
             )
         changed = [None if g is None else next(new) for g in column]

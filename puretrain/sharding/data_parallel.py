@@ -19,7 +19,7 @@ from puretrain.optim import GradientTransformation
 from puretrain.sharding.batch_norm import counted
 from puretrain.sharding.exchange import Exchange, changed, merged_buffers, merged_metrics
 from puretrain.sharding.processes import device_of, everyone
-from puretrain.sharding.reduction import bucketed, summed_as_tree
+from puretrain.sharding.reduction import Reduced, bucketed, summed_as_tree
 from puretrain.state import TrainState
 from puretrain.step import Across, EvalStep, Evaluate, Gradients, Passage
 from puretrain.tree import (
@@ -128,18 +128,31 @@ def ddp(mesh: DeviceMesh, *, bucket_megabytes: float = 25.0, reduce: bool = True
         DataError: (the step) a batch comes in another number of parts.
         StructureError: (the step) the metrics of two processes have different structures.
     """
+    group, bucket_bytes = everyone(mesh), int(bucket_megabytes * 2**20)
+    return averaged(mesh, lambda weight: bucketed(group, weight, bucket_bytes, reduce))
+
+
+def averaged(mesh: DeviceMesh, reducing: Callable[[float], Reduced]) -> Across:
+    """Every process evaluates its part of each batch; how gradients are added up is given.
+
+    Args:
+        mesh: the processes.
+        reducing: what sums the gradients of one evaluation over the processes, given the share of
+            this process's part in the batch.
+    """
     group, device = everyone(mesh), device_of(mesh)
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     combine = _Combine(group, device)
 
     def across(evaluate: Evaluate, state: TrainState, batch: Any, key: Tensor | None) -> Gradients:
         mine = _mine(batch, 1, world_size)
-        reduced = bucketed(group, mine.sizes[0] / mine.total, int(bucket_megabytes * 2**20), reduce)
-        with counted(mine.sizes[0] > 0), _part_of_key(key, rank, world_size) as own:
+        reduced = reducing(mine.sizes[0] / mine.total)
+        own_key = _part_of_key(key, rank, world_size)
+        with counted(mine.sizes[0] > 0), own_key as own, reduced.scope:
             result = evaluate(state, mine.parts[0], own, reduced.passage)
         finish = combine.start(state, [result], mine.sizes, reduced.present, result.grads)
         reduced.finish()
-        return finish()
+        return finish()._replace(everywhere=reduced.everywhere)
 
     return across
 

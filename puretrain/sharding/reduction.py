@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +24,10 @@ class Reduced(NamedTuple):
     """Which leaves had a gradient in this process; filled in by ``out``."""
     finish: Callable[[], None]
     """Waits until the gradients that ``out`` has returned have their values."""
+    scope: AbstractContextManager[Any] = nullcontext()
+    """In which the loss is evaluated and differentiated."""
+    everywhere: Callable[[bool], bool] = bool
+    """See :class:`puretrain.step.Gradients`."""
 
 
 class _Bucket(NamedTuple):
@@ -73,6 +78,8 @@ def bucketed(
 
     def fill(number: int, grads: Sequence[Tensor | None]) -> None:
         bucket = buckets[number]
+        for i, grad in zip(bucket.numbers, grads, strict=True):
+            present[i] = grad is not None
         pieces = [
             leaf.new_zeros(leaf.numel()) if grad is None else grad.reshape(-1)
             for grad, leaf in zip(grads, bucket.like, strict=True)
@@ -82,6 +89,7 @@ def bucketed(
 
     def into(leaves: list[Tensor]) -> list[Tensor]:
         buckets.extend(_buckets(leaves, bucket_bytes))
+        present.extend([False] * len(leaves))
         passed = list(leaves)
         for number, bucket in enumerate(buckets):
             through = _through(number, fill, *(leaves[i] for i in bucket.numbers))
@@ -90,10 +98,8 @@ def bucketed(
         return passed
 
     def out(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        present.extend(grad is not None for grad in grads)
-        for number in range(len(works), len(buckets)):
-            if number not in filled:
-                fill(number, [None] * len(buckets[number].numbers))
+        while len(works) < len(buckets):  # the next bucket has not been filled
+            fill(len(works), [None] * len(buckets[len(works)].numbers))
         places = [
             pair for bucket in buckets for pair in zip(bucket.numbers, bucket.like, strict=True)
         ]
@@ -129,11 +135,29 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.fill(ctx.number, grads)
-        return None, None, *grads
+        return (None, None, *[None] * len(grads))  # else they would be held until the end
 
 
 def _through(number: int, fill: Callable[..., None], *leaves: Tensor) -> tuple[Tensor, ...]:
-    return cast(tuple[Tensor, ...], _Through.apply(number, fill, *leaves))  # type: ignore[no-untyped-call]
+    through: Any = _Through.apply(number, fill, *leaves)  # type: ignore[no-untyped-call]
+    soon(through)
+    return cast(tuple[Tensor, ...], through)
+
+
+def soon(outputs: Sequence[Tensor]) -> None:
+    """Let the backward pass come to what made these as soon as their gradients are there.
+
+    Of what is ready autograd takes first what the forward pass did last, and so it would come to
+    the parameters at the very end; gradients would not travel before, and all be held until then.
+    It makes an exception for leaves, and torch allows the same for others.
+    """
+    node: Any = next((output.grad_fn for output in outputs if output.grad_fn is not None), None)
+    prefer = getattr(node, "_set_sequence_nr", None)
+    if prefer is not None:
+        prefer(_FIRST)
+
+
+_FIRST = 2**64 - 1  # the number that leaves have
 
 
 def _buckets(leaves: Sequence[Tensor], bucket_bytes: int) -> list[_Bucket]:
