@@ -19,7 +19,12 @@ from puretrain.optim import GradientTransformation
 from puretrain.sharding.batch_norm import counted
 from puretrain.sharding.exchange import Exchange, changed, merged_buffers, merged_metrics
 from puretrain.sharding.processes import device_of, everyone
-from puretrain.sharding.reduction import Reduced, bucketed, summed_as_tree
+from puretrain.sharding.reduction import (
+    Reduced,
+    bucketed,
+    group_for_gradients,
+    summed_as_tree,
+)
 from puretrain.state import TrainState
 from puretrain.step import Across, EvalStep, Evaluate, Gradients, Passage
 from puretrain.tree import (
@@ -128,7 +133,8 @@ def ddp(mesh: DeviceMesh, *, bucket_megabytes: float = 25.0, reduce: bool = True
         DataError: (the step) a batch comes in another number of parts.
         StructureError: (the step) the metrics of two processes have different structures.
     """
-    group, bucket_bytes = everyone(mesh), int(bucket_megabytes * 2**20)
+    group = group_for_gradients(everyone(mesh))
+    bucket_bytes = int(bucket_megabytes * 2**20)
     return averaged(mesh, lambda weight: bucketed(group, weight, bucket_bytes, reduce))
 
 

@@ -30,6 +30,18 @@ class Reduced(NamedTuple):
     """See :class:`puretrain.step.Gradients`."""
 
 
+def group_for_gradients(everyone: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of all processes; all of them call this.
+
+    Gradients travel during the backward pass, which may talk itself (batch normalization over all
+    processes). In a group of their own it does not matter in which order the two meet, which
+    differs where the processes have used different parameters.
+    """
+    if dist.get_world_size(everyone) == 1:
+        return everyone
+    return cast(dist.ProcessGroup, dist.new_group(dist.get_process_group_ranks(everyone)))
+
+
 class _Bucket(NamedTuple):
     """Leaves whose gradients travel together."""
 

@@ -26,7 +26,7 @@ from puretrain.optim.shards import Shards, sharded
 from puretrain.sharding.data_parallel import averaged, ddp
 from puretrain.sharding.placements import Placements, chunk, gather, padded, piece, shard
 from puretrain.sharding.processes import DATA, SHARD, all_gather, device_of, everyone
-from puretrain.sharding.reduction import Reduced, bucketed, soon
+from puretrain.sharding.reduction import Reduced, bucketed, group_for_gradients, soon
 from puretrain.state import TrainState, address
 from puretrain.step import Across, Passage
 from puretrain.tree import (
@@ -161,10 +161,10 @@ def zero(
     else:
         grouped = _blocks_by_name(mesh, leaves, blocks or block_of)
 
-    group = _another_group(mesh)
+    groups = group_for_gradients(everyone(mesh)), _another_group(mesh)
 
     def reducing(weight: float) -> Reduced:
-        return _scattered(mesh, group, leaves, grouped, weight, bucket_bytes, lazy=stage == 3)
+        return _scattered(mesh, groups, leaves, grouped, weight, bucket_bytes, lazy=stage == 3)
 
     return Zero(
         shard(params, mesh, held),
@@ -444,7 +444,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def _scattered(
     mesh: DeviceMesh,
-    group: dist.ProcessGroup,
+    groups: tuple[dist.ProcessGroup, dist.ProcessGroup],
     leaves: Sequence[_Leaf],
     blocks: Sequence[_Block],
     weight: float,
@@ -456,8 +456,8 @@ def _scattered(
 
     Args:
         mesh: the processes.
-        group: those that have shards of the same copy, for gradients only. Parameters travel in
-            another, so that it does not matter in which order the two kinds meet.
+        groups: all processes, and those that have the shards of one copy; for gradients only.
+            Parameters travel in others, so that it does not matter in which order they meet.
         leaves: all leaves of the parameters.
         blocks: those of them that are cut.
         weight: the share of this process's part in the batch.
@@ -465,8 +465,8 @@ def _scattered(
         lazy: gather a block when it is used, and only for that time.
     """
     copies = [i for i, leaf in enumerate(leaves) if leaf.dim is None]
-    rest = bucketed(everyone(mesh), 1.0, bucket_bytes)
-    scatter = _Scatter(mesh, group, blocks)
+    rest = bucketed(groups[0], 1.0, bucket_bytes)
+    scatter = _Scatter(mesh, groups[1], blocks)
     gathered = _Gathered(blocks)
     present = [False] * len(leaves)
 
