@@ -48,7 +48,7 @@ def start(directory, count, shard, *checks):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     checks = ["placed", "pure", "held", "all_the_same", "evaluated", "refusals", "resumed"]
-    checks += ["agrees", "agrees_with_options", "agrees_where_vectors_fit"]
+    checks += ["averaged", "agrees", "agrees_with_options", "agrees_where_vectors_fit"]
     return start(tmp_path_factory.mktemp("two"), 2, 2, *checks)
 
 
@@ -133,6 +133,11 @@ def test_a_run_goes_on_at_any_stage_from_a_whole_or_a_sharded_checkpoint(two, st
 @pytest.mark.parametrize("stage", STAGES)
 def test_evaluation_with_whole_parameters(two, stage):
     assert everywhere(two, f"evaluated {stage}") == [True, True]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_averages_of_the_weights_are_cut_as_they_are(two, stage):
+    assert everywhere(two, f"averaged {stage}") == [0.0, 0.0]
 
 
 # ── What each process holds ───────────────────────────────────────────────────────────────────────

@@ -232,6 +232,25 @@ def resumed(mesh, directory):
         FACTS[f"resumed from shards {stage}"] = worst(expected, found)
 
 
+def averaged(mesh):
+    """A reducer's memory of the parameters is cut as they are."""
+    facts = []
+    for stage in (0, 1, 2, 3):
+        apply, params, buffers = model()
+        optimizer, across = ADAMW, sharding.ddp(mesh)
+        if stage:
+            plan = sharding.zero(mesh, params, ADAMW, stage=stage, smallest=1)
+            params, optimizer, across = plan.params, plan.optimizer, plan.across
+        state = pt.TrainState.create(params, buffers, optimizer, key=pt.random.key(0))
+        step = pt.train_step(loss_of(apply), optimizer, across=across)
+        state = pt.fit(state, step, batches(mesh), epochs=1, reducers=[pt.ema(0.9)])
+        if stage:
+            state = sharding.gather(state, mesh, plan.placements(state))
+        facts.append(state.reducers)
+    for stage in (1, 2, 3):
+        FACTS[f"averaged {stage}"] = worst(facts[0], facts[stage])
+
+
 def evaluated(mesh):
     apply, _, _ = model()
 
@@ -350,7 +369,7 @@ def placed(mesh):
 def main():
     shard, directory, some = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     with sharding.processes(shard=shard) as mesh:
-        checks = [placed, pure, held, all_the_same, evaluated, refusals]
+        checks = [placed, pure, held, all_the_same, evaluated, averaged, refusals]
         checks += [agrees, agrees_nearly, agrees_with_options, agrees_where_vectors_fit]
         for check in checks:
             if not some or check.__name__ in some:
