@@ -112,6 +112,8 @@ def bucketed(
     def out(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         while len(works) < len(buckets):  # the next bucket has not been filled
             fill(len(works), [None] * len(buckets[len(works)].numbers))
+        while len(works) > 1:  # so that not all are there twice, summed flat and apart
+            settle()
         places = [
             pair for bucket in buckets for pair in zip(bucket.numbers, bucket.like, strict=True)
         ]
@@ -120,17 +122,23 @@ def bucketed(
             finish()  # what has another layout than its leaf is copied, and must be there
         return [summed[i] for i in range(len(grads))]
 
+    def settle() -> None:
+        """Wait for the next bucket, and let go of it when its leaves are apart."""
+        work, flat = works.pop(0)
+        work.wait()
+        bucket = buckets.pop(0)
+        for i, leaf in zip(bucket.numbers, bucket.like, strict=True):
+            if i not in summed:
+                summed[i] = torch.empty_like(leaf)
+        targets = [summed[i] for i in bucket.numbers]
+        pieces = torch.split(flat, [leaf.numel() for leaf in bucket.like])
+        torch._foreach_copy_(
+            targets, [x.view(y.shape) for x, y in zip(pieces, targets, strict=True)]
+        )
+
     def finish() -> None:
         while works:
-            work, flat = works.pop(0)
-            work.wait()
-            bucket = buckets.pop(0)
-            sizes = [leaf.numel() for leaf in bucket.like]
-            targets = [summed[i] for i in bucket.numbers]
-            pieces = torch.split(flat, sizes)
-            torch._foreach_copy_(
-                targets, [x.view(y.shape) for x, y in zip(pieces, targets, strict=True)]
-            )
+            settle()
 
     return Reduced(Passage(into, out, weight), present, finish)
 
