@@ -1,7 +1,7 @@
 """What a step over several processes costs, against torch's DistributedDataParallel, and moves.
 
     python benchmarks/distributed.py                  # two processes of one thread each
-    python benchmarks/distributed.py --nproc 4 --rounds 21 --json distributed.json
+    python benchmarks/distributed.py --processes 4 --rounds 21 --json distributed.json
 
 It starts itself with torchrun. The contenders take turns in all processes together; see
 interleaved.py. The bytes are those that the kernel counts on the loopback device, per step and
@@ -142,7 +142,7 @@ def measure(options):
 def main():
     """Start the processes, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nproc", type=int, default=2, help="how many processes")
+    parser.add_argument("--processes", type=int, default=2, help="how many processes")
     parser.add_argument("--steps", type=int, default=16, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=15, help="how often each takes its turn")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
@@ -154,7 +154,7 @@ def main():
         return
     print(machine())
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start += ["--nproc-per-node", str(options.nproc), *sys.argv]
+    start += ["--nproc-per-node", str(options.processes), *sys.argv]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     raise SystemExit(subprocess.run(start, env=environment, check=False).returncode)
 

@@ -18,7 +18,7 @@ WAYS = {
     "ddp": (2, lambda k: 16),
     "elastic": (2, lambda k: 16),
     "zero stage 1": (3, lambda k: 8 + 8 / k),
-    "zero stage 2": (2, lambda k: 4 + 12 / k),
+    "zero stage 2": (2, lambda k: 4 + 16 / k),
     "zero stage 3": (3, lambda k: 16 / k),
 }
 
