@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -398,16 +399,20 @@ def test_verify(saved, tmp_path, call):
 # ── The whole ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_help_and_version(call):
+def test_help_and_version(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert call("--version")[:2] == (0, f"puretrain {pt.__version__}\n")
-    for command in (
-        *("fit", "inspect", "diff", "verify"),
-        *("convert", "replay", "bisect", "report"),
-    ):
+    status, out, _ = call("--help")
+    commands = re.findall(r"^    ([a-z-]+) ", out, flags=re.MULTILINE)
+    assert {"fit", "lr-find", "inspect", "diff", "verify", "convert", "explain"} <= {*commands}
+    assert max(map(len, out.splitlines())) <= 80
+    for command in commands:
         status, out, _ = call(command, "--help")
         assert status == 0
-        assert f"puretrain {command} " in out.split("\nexample")[-1]
-        assert max(map(len, out.splitlines())) <= 100
+        examples = out.split("\nexample")[1]
+        assert f"\n  puretrain {command} " in examples
+        assert max(map(len, out.splitlines())) <= 80
+        assert re.search(r"^  --debug +show the traceback", out, flags=re.MULTILINE)
     assert call("frobnicate")[0] == 2
     assert call()[0] == 2
 

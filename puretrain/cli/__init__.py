@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from puretrain import __version__
 from puretrain.cli import checkpoints, conversion, explaining, replaying, training
 from puretrain.cli.output import one_line
+from puretrain.cli.parsing import Paragraphs
 from puretrain.errors import PuretrainError
 
 __all__ = ["main"]
@@ -25,7 +26,7 @@ examples:
   puretrain fit examples/digits.py --resume   go on where it stopped
   puretrain lr-find train.py                  look for a learning rate
   puretrain inspect runs/digits               look at its newest checkpoint
-  puretrain replay runs/digits                take its steps again, and compare them bit for bit
+  puretrain replay runs/digits                take its steps again and compare
   puretrain explain examples/digits.py        look into one step
 """
 
@@ -44,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "puretrain",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Paragraphs,
     )
     parser.add_argument("--version", action="version", version=f"puretrain {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     rooms = (training, checkpoints, conversion, replaying, explaining)
-    for command in [command for room in rooms for command in room.add_commands(commands)]:
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for room in rooms:
+        room.add_commands(commands)
     given = sys.argv[1:] if arguments is None else [*arguments]
     options = parser.parse_args(given, argparse.Namespace(arguments=given))
     try:

@@ -28,6 +28,7 @@ from puretrain.cli.output import (
     write_json,
     write_table,
 )
+from puretrain.cli.parsing import add_command
 from puretrain.errors import CheckpointError
 from puretrain.tree import (
     LeafDifference,
@@ -58,8 +59,9 @@ Compare two checkpoints bit for bit. Prints a line per leaf that differs: how, t
 difference, the largest distance in units in the last place (ulps), and how many elements differ.
 """
 _DIFF_EXAMPLES = """\
-example:
-  puretrain diff runs/a/step_00000100.ckpt runs/b/step_00000100.ckpt --only 'params/**'
+examples:
+  puretrain diff runs/a runs/b --only 'params/**'
+  puretrain diff runs/a/step_00000100.ckpt runs/b/step_00000100.ckpt
 
 exit status: 0 if they are identical, 1 if they differ, 2 after an error
 """
@@ -77,37 +79,39 @@ error
 """
 
 
-def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-
-    def add(name: str, function: Any, summary: str, description: str, epilog: str) -> Any:
-        parser = commands.add_parser(
-            name,
-            help=summary,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.set_defaults(run=function, foreign_code=False)
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        return parser
-
-    inspect = add("inspect", _inspect, "list what is in a checkpoint", _INSPECT, _INSPECT_EXAMPLES)
+    inspect = add_command(
+        commands,
+        "inspect",
+        _inspect,
+        "list what is in a checkpoint",
+        _INSPECT,
+        _INSPECT_EXAMPLES,
+    )
     inspect.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a directory of such")
     inspect.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
     inspect.add_argument("--stats", action="store_true", help="minimum, maximum, mean and norm")
-    diff = add("diff", _diff, "compare two checkpoints bit for bit", _DIFF, _DIFF_EXAMPLES)
+    diff = add_command(
+        commands, "diff", _diff, "compare two checkpoints bit for bit", _DIFF, _DIFF_EXAMPLES
+    )
     diff.add_argument("a", metavar="A", help="a checkpoint, or a directory: its newest good one")
     diff.add_argument("b", metavar="B", help="another")
     diff.add_argument("--only", metavar="PATTERN", help="only the leaves whose paths match")
-    check = add("verify", _verify, "check that checkpoints are whole", _VERIFY, _VERIFY_EXAMPLES)
+    check = add_command(
+        commands,
+        "verify",
+        _verify,
+        "check that checkpoints are whole",
+        _VERIFY,
+        _VERIFY_EXAMPLES,
+    )
     check.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a checkpoint or a directory")
     check.add_argument(
         "--repair",
         action="store_true",
         help="set damaged entries of directories aside, as *.ckpt.damaged, and clean up",
     )
-    return [inspect, diff, check]
 
 
 def checkpoint_at(name: str) -> Path | str:

@@ -14,6 +14,7 @@ from puretrain.checkpoint.lightning import TorchOptimizer
 from puretrain.checkpoint.places import is_url, shown
 from puretrain.cli.checkpoints import checkpoint_at
 from puretrain.cli.output import printable, write, write_json
+from puretrain.cli.parsing import add_command
 from puretrain.errors import ConfigurationError
 
 __all__ = ["add_commands"]
@@ -28,22 +29,22 @@ _CONVERT_EXAMPLES = """\
 examples:
   puretrain convert runs/digits/step_00000100.ckpt digits.safetensors
   puretrain convert lightning.ckpt start.ckpt
-  puretrain convert start.ckpt back.ckpt --lightning --optimizer 'AdamW(lr=3e-4)'
-  puretrain convert model.safetensors start.ckpt --rename 'encoder.**=params/backbone.**'
+  puretrain convert a.ckpt b.ckpt --lightning --optimizer 'AdamW(lr=3e-4)'
+  puretrain convert m.safetensors a.ckpt --rename 'enc.**=params/backbone.**'
 """
 _DTYPES = {"float16", "bfloat16", "float32", "float64"}
 
 
-def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
-        help="from and to safetensors, torch, Lightning and numpy",
-        description=_CONVERT,
-        epilog=_CONVERT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _convert,
+        "from and to safetensors, torch, Lightning and numpy",
+        _CONVERT,
+        _CONVERT_EXAMPLES,
     )
-    parser.set_defaults(run=_convert, foreign_code=False)
     parser.add_argument(
         "source", metavar="A", help="what to read; a directory: its newest good one"
     )
@@ -64,8 +65,6 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         metavar="NAME(lr=…)",
         help="for Lightning: the optimizer of torch that its module makes",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return [parser]
 
 
 def _optimizer(text: str | None) -> TorchOptimizer | None:

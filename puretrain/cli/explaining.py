@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from puretrain.cli.output import printable, write, write_json, write_table
-from puretrain.cli.training import given_arguments
+from puretrain.cli.parsing import add_command
+from puretrain.cli.training import add_run_options, given_arguments
 from puretrain.errors import DataError
 from puretrain.explain import draw_explanations, explain, read_explanations
 from puretrain.loop import as_batches
@@ -28,28 +29,28 @@ puretrain[report].
 """
 _EXAMPLES = """\
 examples:
-  puretrain explain examples/digits.py                 the first step
-  puretrain explain examples/digits.py --resume        the step after the newest checkpoint
-  puretrain explain runs/digits/explained.jsonl        draws runs/digits/explained.svg
+  puretrain explain examples/digits.py            the first step
+  puretrain explain examples/digits.py --resume   after the newest checkpoint
+  puretrain explain runs/digits/explained.jsonl   draws explained.svg beside it
 
 exit status: 0 if all values are finite, 1 if one is not, 2 after an error
 """
 
 
-def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "explain",
-        help="look into one step of a run",
-        description=_EXPLAIN,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _explain,
+        "look into one step of a run",
+        _EXPLAIN,
+        _EXAMPLES,
+        foreign_code=True,
     )
-    parser.set_defaults(run=_explain, foreign_code=True)
     parser.add_argument("target", metavar="FILE[:NAME]", help="what makes the run, or a history")
     parser.add_argument("--directory", metavar="DIR", help="as for fit")
-    parser.add_argument("--seed", type=int, metavar="N", help="as for fit")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    add_run_options(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -59,8 +60,6 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="from this checkpoint, or the newest good one of this or the run's directory",
     )
     parser.add_argument("--output", metavar="FILE", help="the picture of a history (.svg, .png)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return [parser]
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from puretrain.cli.checkpoints import write_differences
 from puretrain.cli.output import printable, write, write_json, write_table
+from puretrain.cli.parsing import add_command
 from puretrain.cli.training import given_arguments
 from puretrain.replay import ChangedLeaf, FactDifference, Recorded, bisect, open_run, write_report
 from puretrain.replay.program import load_run, split_target
@@ -56,21 +57,17 @@ examples:
 _SHOWN = 12  # leaves in a table, without --all
 
 
-def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-
-    def add(name: str, function: Any, summary: str, description: str, epilog: str) -> Any:
-        parser = commands.add_parser(
-            name,
-            help=summary,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.set_defaults(run=function, foreign_code=name != "report")
-        return parser
-
-    replay = add("replay", _replay, "take steps of a run again", _REPLAY, _REPLAY_EXAMPLES)
+    replay = add_command(
+        commands,
+        "replay",
+        _replay,
+        "take steps of a run again",
+        _REPLAY,
+        _REPLAY_EXAMPLES,
+        foreign_code=True,
+    )
     replay.add_argument("place", metavar="RUN", help="the directory of the run")
     replay.add_argument("--from", type=int, default=0, dest="begin", metavar="N", help="after step")
     replay.add_argument("--to", type=int, dest="end", metavar="M", help="the last step")
@@ -85,19 +82,26 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     replay.add_argument(
         "--own-settings", action="store_true", help="threads and flags of this process"
     )
-    part = add("bisect", _bisect, "find where two runs part", _BISECT, _BISECT_EXAMPLES)
+    part = add_command(
+        commands,
+        "bisect",
+        _bisect,
+        "find where two runs part",
+        _BISECT,
+        _BISECT_EXAMPLES,
+        foreign_code=True,
+    )
     part.add_argument("a", metavar="RUN_A", help="the directory of a run")
     part.add_argument("b", metavar="RUN_B", help="of another")
     for letter in "ab":
         part.add_argument(f"--file-{letter}", metavar="FILE[:NAME]", help=f"what makes {letter}")
     for parser in (replay, part):
         parser.add_argument("--all", action="store_true", help="show every leaf that differs")
-    report = add("report", _report, "write a page about a run", _REPORT, _REPORT_EXAMPLES)
+    report = add_command(
+        commands, "report", _report, "write a page about a run", _REPORT, _REPORT_EXAMPLES
+    )
     report.add_argument("place", metavar="RUN", help="the directory of the run")
     report.add_argument("--output", metavar="FILE", help="the page; by default RUN/report.html")
-    for parser in (replay, part, report):
-        parser.add_argument("--json", action="store_true", help="print JSON")
-    return [replay, part, report]
 
 
 def _open(directory: str, file: str | None, given: dict[str, Any]) -> Recorded:

@@ -16,6 +16,7 @@ import torch
 from puretrain.checkpoint import Found, find_checkpoint, load, save
 from puretrain.checkpoint.places import file_name, is_url, shown
 from puretrain.cli.output import format_number, one_line, printable, write, write_json
+from puretrain.cli.parsing import add_command
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Interrupted
 from puretrain.metrics import compute_all
@@ -79,21 +80,23 @@ examples:
 """
 
 
-def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "fit",
-        help="train what a Python file describes",
-        description=_FIT,
-        epilog=_FIT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _fit,
+        "train what a Python file describes",
+        _FIT,
+        _FIT_EXAMPLES,
+        foreign_code=True,
+        json="print the result as JSON",
     )
-    parser.set_defaults(run=_fit, foreign_code=True)
     parser.add_argument("target", metavar="FILE[:NAME]", help="the Python file, and what in it")
     parser.add_argument("--epochs", type=int, metavar="N", help="end after N epochs in all")
     parser.add_argument("--steps", type=int, metavar="N", help="end after N steps in all")
     parser.add_argument("--directory", metavar="DIR", help="keep logs and checkpoints there")
-    _add_run_options(parser)
+    add_run_options(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -102,9 +105,8 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         metavar="CKPT",
         help="go on from this checkpoint, or the newest good one of this or the run's directory",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_process_options(parser)
-    return [parser, _add_lr_find(commands)]
+    _add_lr_find(commands)
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +143,8 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a function that makes a run may be given: ``--seed`` and ``--set``."""
     parser.add_argument("--seed", type=int, metavar="N", help="the seed of the run")
     parser.add_argument(
         "--set",
@@ -152,15 +155,17 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_lr_find(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def _add_lr_find(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "lr-find",
-        help="look for a learning rate",
-        description=_LR_FIND,
-        epilog=_LR_FIND_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _lr_find,
+        "look for a learning rate",
+        _LR_FIND,
+        _LR_FIND_EXAMPLES,
+        foreign_code=True,
+        json="print the points as JSON",
     )
-    parser.set_defaults(run=_lr_find, foreign_code=True)
     parser.add_argument("target", metavar="FILE[:NAME]", help="the Python file, and what in it")
     parser.add_argument("--min", type=float, default=1e-6, metavar="LR", help="default: 1e-6")
     parser.add_argument("--max", type=float, default=1.0, metavar="LR", help="default: 1")
@@ -171,9 +176,7 @@ def _add_lr_find(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--name", default="lr", help="the hyper-parameter; default: lr", metavar="NAME"
     )
-    _add_run_options(parser)
-    parser.add_argument("--json", action="store_true", help="print the points as JSON")
-    return parser
+    add_run_options(parser)
 
 
 def _lr_find(options: argparse.Namespace) -> int:
