@@ -168,7 +168,9 @@ def new_directory(path: str | os.PathLike[str]) -> Path:
     return candidate
 
 
-def command_line(program: str, *arguments: str | os.PathLike[str]) -> str:
+def command_line(
+    program: str, *arguments: str | os.PathLike[str], directory: str | os.PathLike[str] = "."
+) -> str:
     """What to type in a shell, here and now, to run a program of this Python environment.
 
     The program goes by its name where the shell finds the one of this environment, and otherwise by
@@ -177,6 +179,7 @@ def command_line(program: str, *arguments: str | os.PathLike[str]) -> str:
     Args:
         program: ``"python"``, ``"puretrain"``, ``"tensorboard"``, ….
         *arguments: its arguments, not yet quoted.
+        directory: where it will be typed, if not here.
 
     >>> command_line("python", "a file.py", "--resume").endswith("python 'a file.py' --resume")
     True
@@ -186,6 +189,6 @@ def command_line(program: str, *arguments: str | os.PathLike[str]) -> str:
     if found is None or os.path.dirname(os.path.abspath(found)) != folder:
         beside = shutil.which(program, path=folder)
         if beside is not None:
-            near = os.path.relpath(beside)
-            program = beside if near.startswith(os.pardir) else near
+            near = os.path.relpath(beside, directory)
+            program = os.path.abspath(beside) if near.startswith(os.pardir) else near
     return shlex.join([program, *(os.fspath(argument) for argument in arguments)])

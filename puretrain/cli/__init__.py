@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from puretrain import __version__
-from puretrain.cli import checkpoints, conversion, explaining, replaying, training
+from puretrain.cli import checkpoints, conversion, explaining, replaying, starting, training
 from puretrain.cli.output import one_line
 from puretrain.cli.parsing import Paragraphs
 from puretrain.errors import PuretrainError
@@ -22,6 +22,7 @@ __all__ = ["main"]
 _DESCRIPTION = "Train a model as a pure function of one state, and look at the states."
 _EPILOG = """\
 examples:
+  puretrain new spirals                       write a project to begin with
   puretrain fit examples/digits.py            train what the file describes
   puretrain fit examples/digits.py --resume   go on where it stopped
   puretrain lr-find train.py                  look for a learning rate
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"puretrain {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    rooms = (training, checkpoints, conversion, replaying, explaining)
+    rooms = (starting, training, checkpoints, conversion, replaying, explaining)
     for room in rooms:
         room.add_commands(commands)
     given = sys.argv[1:] if arguments is None else [*arguments]
