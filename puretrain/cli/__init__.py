@@ -12,7 +12,15 @@ import traceback
 from collections.abc import Sequence
 
 from puretrain import __version__
-from puretrain.cli import checkpoints, conversion, explaining, replaying, starting, training
+from puretrain.cli import (
+    checkpoints,
+    completing,
+    conversion,
+    explaining,
+    replaying,
+    starting,
+    training,
+)
 from puretrain.cli.output import one_line
 from puretrain.cli.parsing import Paragraphs
 from puretrain.errors import PuretrainError
@@ -53,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rooms = (starting, training, checkpoints, conversion, replaying, explaining)
     for room in rooms:
         room.add_commands(commands)
+    completing.add_commands(commands, parser)
     given = sys.argv[1:] if arguments is None else [*arguments]
     options = parser.parse_args(given, argparse.Namespace(arguments=given))
     try:
