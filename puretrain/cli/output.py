@@ -69,7 +69,9 @@ def write_table(
     console = Console(highlight=False)
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
-    stacked = console.is_terminal and sum(widths) + 2 * (len(widths) - 1) > console.width
+    # FORCE_COLOR makes Rich take a pipe for a terminal; the lines of a pipe stay whole.
+    terminal = console.is_terminal and console.file.isatty()
+    stacked = terminal and sum(widths) + 2 * (len(widths) - 1) > console.width
 
     def line(cells: Sequence[str]) -> str:
         aligned = [

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal, plain lines elsewhere."""
+"""A progress bar in a terminal or a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def progress(
 
     In a terminal this is a bar that is redrawn now and then; elsewhere (a file, a pipe, a terminal
     that can't move its cursor) a plain line now and then. Both add a line for each validation, each
-    epoch, an interrupt, and the end. What else is printed appears above the bar. Colour is left out
-    if the environment variable ``NO_COLOR`` is set.
+    epoch, an interrupt, and the end. What else is printed appears above the bar. In a notebook the
+    bar stays above the lines, and says how the run ended when it has. Colour is left out if the
+    environment variable ``NO_COLOR`` is set; ``FORCE_COLOR`` makes no bar where there is no
+    terminal.
 
     Metrics are fetched from the device only when they are shown. Those of an ensemble are shown as
     the mean over its members ± the standard deviation; with ``!`` and a number behind it, so many
@@ -84,6 +86,8 @@ class _Progress:
         self._due = 0.0  # when to show a step next
         self._last_is_due = 0.0  # when to show the last step of an epoch: a full bar
         self._bar = False
+        self._notebook = False  # whether the bar is the output of a cell
+        self._shown: Any = None  # that output
         self._console: Any = None
         self._live: Any = None
         self._began = self._epoch_began = 0.0
@@ -120,11 +124,23 @@ class _Progress:
     def _draw(self, event: Event, pace: list[str], values: list[str]) -> None:
         from rich.live import Live
 
-        line = _bar_line(event, pace, values, self._console)
+        line = _bar_line(event, pace, values, self._console, colored=not self._notebook)
+        if self._notebook:
+            self._show_in_cell(line.plain)
+            return
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
         self._live.update(line, refresh=True)
+
+    def _show_in_cell(self, text: str) -> None:
+        from IPython.display import display
+
+        content = {"text/plain": text}
+        if self._shown is None:
+            self._shown = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._shown.update(content, raw=True)
 
     def _pace(self, event: Event) -> list[str]:
         """The rate and the time left in the epoch, once they are known."""
@@ -158,10 +174,15 @@ class _Progress:
             self._print([f"epoch {event.epoch}", f"step {step}", took, *values])
             self._epoch_began = now
         else:
-            self._remove_bar()
             verb = "stopped by a reducer" if bool(state.stop) else "finished"
             verb = "interrupted" if kind == "interrupt" else verb
-            self._print([f"{verb} after step {step}, {_duration(now - self._began)}"])
+            ending = f"{verb} after step {step}, {_duration(now - self._began)}"
+            if self._shown is not None:
+                self._show_in_cell(ending)  # in the place of the bar
+                self._shown = None
+            else:
+                self._remove_bar()
+                self._print([ending])
         self._samples.clear()  # a rate over a validation would be none
 
     def _print(self, parts: list[str]) -> None:
@@ -173,13 +194,18 @@ class _Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._shown = None
 
     def _start(self) -> None:
         if self._console is None:
             from rich.console import Console
 
-            self._console = Console(file=self._file)
-            self._bar = self._console.is_terminal and not self._console.is_dumb_terminal
+            self._notebook = self._file is None and Console().is_jupyter
+            # Rich would show each line in a notebook as a block of HTML.
+            self._console = console = Console(file=self._file, force_jupyter=False)
+            # FORCE_COLOR makes Rich take a file for a terminal; that has no cursor all the same.
+            terminal = console.is_terminal and console.file.isatty()
+            self._bar = self._notebook or (terminal and not console.is_dumb_terminal)
 
 
 def _folded(parts: Sequence[str], width: int) -> str:
@@ -198,7 +224,9 @@ def _folded(parts: Sequence[str], width: int) -> str:
     return "\n".join(lines)
 
 
-def _bar_line(event: Event, pace: list[str], values: list[str], console: Any) -> Any:
+def _bar_line(
+    event: Event, pace: list[str], values: list[str], console: Any, *, colored: bool
+) -> Any:
     """One line that fits the terminal: what is left of it goes to the bar."""
     from rich.text import Text
 
@@ -218,7 +246,10 @@ def _bar_line(event: Event, pace: list[str], values: list[str], console: Any) ->
     if event.total is not None:
         width = min(_SMALLEST_BAR + max(room, 0), _LARGEST_BAR)
         done = width * event.position // max(event.total, 1)
-        full, rest = ("#", "-") if console.options.ascii_only else ("━", "━")
+        colored = colored and console.color_system is not None and not console.no_color
+        full, rest = ("━", "━") if colored else ("━", "─")
+        if console.options.ascii_only:
+            full, rest = "#", "-"
         line.append(full * done, "green").append(rest * (width - done), "bright_black")
         line.append("  ")
     line.append("  ".join(parts[1:]))
