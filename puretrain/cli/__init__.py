@@ -21,7 +21,7 @@ from puretrain.cli import (
     starting,
     training,
 )
-from puretrain.cli.output import one_line
+from puretrain.cli.output import note, one_line
 from puretrain.cli.parsing import Paragraphs
 from puretrain.errors import PuretrainError
 
@@ -70,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         hint = " (--debug shows where)" if options.foreign_code and not options.debug else ""
-        print(f"puretrain: error: {one_line(error)}{hint}", file=sys.stderr)
+        note(f"error: {one_line(error)}{hint}")
     except KeyboardInterrupt:
-        print("puretrain: interrupted", file=sys.stderr)
+        note("interrupted")
         return 130
     except Exception:  # noqa: BLE001  # nothing is hidden: it is the end of the program
         traceback.print_exc()  # and not Python's exit status 1, which says something else here

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puretrain.checkpoint import Entry, Index, find_checkpoint, load, read_index, verify
+from puretrain.checkpoint import Entry, Found, Index, find_checkpoint, load, read_index, verify
 from puretrain.checkpoint.file import checkpoint_files
 from puretrain.checkpoint.places import is_url, join, shown
 from puretrain.checkpoint.store import repair
 from puretrain.cli.output import (
     format_bytes,
     format_number,
+    note,
     one_line,
     printable,
     write,
     write_json,
+    write_parts,
     write_table,
 )
 from puretrain.cli.parsing import add_command
@@ -40,7 +41,7 @@ from puretrain.tree import (
 )
 from puretrain.tree import Path as TreePath
 
-__all__ = ["add_commands", "checkpoint_at", "write_differences"]
+__all__ = ["add_commands", "checkpoint_at", "note_damaged", "write_differences"]
 
 _STATISTICS = ("min", "max", "mean", "norm")
 
@@ -122,14 +123,19 @@ def checkpoint_at(name: str) -> Path | str:
     if isinstance(path, Path) and not path.is_dir():
         return path
     found = find_checkpoint(path)
-    for passed, error in found.damaged:
-        text = printable(f"puretrain: skipped the damaged {shown(passed)}: {one_line(error)}")
-        print(text, file=sys.stderr, flush=True)
+    note_damaged(found)
     if found.path is None:
         raise CheckpointError(
             f"{shown(path)} is a directory without a good checkpoint; name a file"
         )
     return found.path
+
+
+def note_damaged(found: Found) -> None:
+    """Say on stderr which checkpoints were passed over, and why."""
+    for passed, error in found.damaged:
+        name, reason = shown(passed), one_line(error)
+        note("skipped the damaged " + (reason if name in reason else f"{name}: {reason}"))
 
 
 # ── inspect ───────────────────────────────────────────────────────────────────────────────────────
@@ -157,7 +163,7 @@ def _inspect(options: argparse.Namespace) -> int:
     written = ", ".join(f"{key} {value}" for key, value in index.writer.items())
     write(printable(f"format {index.version}, {written}"))
     for key, value in index.metadata.items():
-        write(printable(f"{key}: {_brief(value)}"))
+        write_parts(printable(f"{key}: {_brief(value)}").split(", "), ", ")
     names = _STATISTICS if options.stats else ()
     write("")
     write_table(
@@ -315,7 +321,8 @@ def _verify(options: argparse.Namespace) -> int:
             results.append((path, one_line(error)))
         if not options.json:  # reading gigabytes takes a while: show each when it is known
             reason = results[-1][1]
-            write(printable(f"ok       {shown(path)}" if reason is None else f"DAMAGED  {reason}"))
+            line = f"ok       {shown(path)}" if reason is None else f"DAMAGED  {reason}"
+            write_parts(printable(line).split(" "), " ")
     repaired = _repair(options) if options.repair else []
     if options.json:
         write_json(

@@ -15,7 +15,6 @@ from puretrain.errors import DataError
 from puretrain.explain import draw_explanations, explain, read_explanations
 from puretrain.loop import as_batches
 from puretrain.replay.program import load_run
-from puretrain.run import Run
 
 __all__ = ["add_commands"]
 
@@ -66,7 +65,9 @@ def _explain(options: argparse.Namespace) -> int:
     if options.target.endswith(".jsonl"):
         return _draw(options)
     with contextlib.redirect_stdout(sys.stderr):
-        run: Run = load_run(options.target, given_arguments(options)).resumed(options.resume)
+        run = load_run(options.target, given_arguments(options))
+        if options.resume is not False:
+            run = run.resumed(options.resume)
         source = as_batches(run.batches)
         with contextlib.closing(source.read(run.state.cursor)) as reads:
             first = next(reads, None)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import IO, Any
+
+from puretrain.observers.progress import folded
 
 __all__ = [
     "format_bytes",
     "format_number",
+    "note",
     "one_line",
     "printable",
     "write",
     "write_json",
+    "write_parts",
     "write_table",
 ]
 
@@ -28,6 +33,22 @@ def write(text: str) -> None:
         # Python would try to flush stdout once more at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+
+
+def write_parts(parts: Sequence[str], separator: str = "  ") -> None:
+    """Print parts on a line; in a terminal on as many as they need there, never cut in a part."""
+    write(folded(parts, _width(sys.stdout), separator))
+
+
+def note(text: str) -> None:
+    """Print a line to stderr, in the name of the program; a terminal gets it folded at words."""
+    words = printable(f"puretrain: {text}").split(" ")
+    print(folded(words, _width(sys.stderr), " "), file=sys.stderr, flush=True)
+
+
+def _width(stream: IO[str]) -> int:
+    """The columns of the terminal; there is no end to those of a file or a pipe."""
+    return shutil.get_terminal_size().columns if stream.isatty() else sys.maxsize
 
 
 def write_json(value: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from puretrain.cli.checkpoints import write_differences
-from puretrain.cli.output import printable, write, write_json, write_table
+from puretrain.cli.output import note, printable, write, write_json, write_table
 from puretrain.cli.parsing import add_command
 from puretrain.cli.training import given_arguments
 from puretrain.replay import ChangedLeaf, FactDifference, Recorded, bisect, open_run, write_report
@@ -163,7 +163,7 @@ def _note_damage(recorded: Recorded) -> None:
             what = "an unfinished record at the end"
         else:
             what = f"{damage.length} damaged bytes at byte {damage.offset}"
-        print(f"puretrain: {recorded.journal.path} has {what}, left out", file=sys.stderr)
+        note(f"{recorded.journal.path} has {what}, left out")
 
 
 # ── bisect ────────────────────────────────────────────────────────────────────────────────────────
@@ -195,8 +195,8 @@ def _bisect(options: argparse.Namespace) -> int:
             _write_leaves(found.leaves, options.all)
         else:
             _write_changed(found.changed, options.all)
-    for note in found.notes:
-        write(printable(f"note        {note}"))
+    for remark in found.notes:
+        write(printable(f"note        {remark}"))
     _write_facts(found.facts, "A", "B")
     return 0 if found.step is None else 1
 

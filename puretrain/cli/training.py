@@ -15,7 +15,14 @@ import torch
 
 from puretrain.checkpoint import Found, find_checkpoint, load, save
 from puretrain.checkpoint.places import file_name, is_url, shown
-from puretrain.cli.output import format_number, one_line, printable, write, write_json
+from puretrain.cli.checkpoints import note_damaged
+from puretrain.cli.output import (
+    format_number,
+    note,
+    write,
+    write_json,
+    write_parts,
+)
 from puretrain.cli.parsing import add_command
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Interrupted
@@ -321,12 +328,12 @@ def _newest_or_saved(run: Run, state: TrainState, *, save_it: bool) -> str | Non
 
 
 def _report(result: Mapping[str, Any]) -> None:
-    metrics = "  ".join(
+    metrics = [
         f"{name} {format_number(value)}"
         for name, value in result["metrics"].items()
         if not isinstance(value, list)  # a confusion matrix, or a member each of an ensemble
-    )
-    write(f"step {result['step']}, epoch {result['epoch']}: {metrics}")
+    ]
+    write_parts([f"step {result['step']}, epoch {result['epoch']}:", *metrics])
     write(f"state       {result['digest']}")
     if result["checkpoint"] is None:
         write("checkpoint  none: the run has no observer that writes one to its directory")
@@ -340,9 +347,9 @@ def _report_interrupt(signal_number: int, result: Mapping[str, Any]) -> None:
     name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
     ending = f"{name} after step {result['step']}"
     if result["checkpoint"] is None:
-        _note(f"{ending}; not saved, as the run has no directory (give --directory DIR)")
+        note(f"{ending}; not saved, as the run has no directory (give --directory DIR)")
     else:
-        _note(f"{ending}; saved in {result['checkpoint']}; go on with: {result['resume']}")
+        note(f"{ending}; saved in {result['checkpoint']}; go on with: {result['resume']}")
 
 
 def _resume_command(options: argparse.Namespace, *, further: bool) -> str:
@@ -408,16 +415,11 @@ def _resume_from(run: Run, resume: bool | str) -> Path | str | bool:
         if not is_url(place) and os.path.isfile(place)
         else find_checkpoint(place)
     )
-    for path, error in found.damaged:
-        _note(f"skipped the damaged {path}: {one_line(error)}")
+    note_damaged(found)
     if found.path is not None:
-        _note(f"resuming from {shown(found.path)}")
+        note(f"resuming from {shown(found.path)}")
         return found.path
     if resume is True:
-        _note(f"no good checkpoint in {os.fspath(place)}: beginning anew")
+        note(f"no good checkpoint in {os.fspath(place)}: beginning anew")
         return False
     raise ConfigurationError(f"--resume {resume}: no such file, nor a good checkpoint in there")
-
-
-def _note(text: str) -> None:
-    print(f"puretrain: {printable(text)}", file=sys.stderr, flush=True)

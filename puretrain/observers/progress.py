@@ -13,7 +13,7 @@ from puretrain.loop import Event, Observer
 from puretrain.metrics import compute_all
 from puretrain.observers.scalars import scalars, spread
 
-__all__ = ["progress"]
+__all__ = ["folded", "progress"]
 
 _WINDOW = 10.0  # seconds over which the rate is taken
 _FASTEST = 0.1  # seconds between two drawings at least
@@ -187,7 +187,7 @@ class _Progress:
 
     def _print(self, parts: list[str]) -> None:
         # A program that reads the lines wants each in one piece; a terminal would cut it anywhere.
-        text = _folded(parts, self._console.width) if self._bar else "  ".join(parts)
+        text = folded(parts, self._console.width) if self._bar else "  ".join(parts)
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _remove_bar(self) -> None:
@@ -208,19 +208,21 @@ class _Progress:
             self._bar = self._notebook or (terminal and not console.is_dumb_terminal)
 
 
-def _folded(parts: Sequence[str], width: int) -> str:
+def folded(parts: Sequence[str], width: int, separator: str = "  ") -> str:
     """Parts one after the other, on several lines where they are wider than a terminal.
 
-    >>> print(_folded(["epoch 0", "train/loss 0.5", "train/accuracy 0.9"], 30))
+    >>> print(folded(["epoch 0", "train/loss 0.5", "train/accuracy 0.9"], 30))
     epoch 0  train/loss 0.5
       train/accuracy 0.9
     """
-    lines = [""]
-    for part in parts:
-        if lines[-1] and len(lines[-1]) + 2 + len(part) > width:
-            lines.append("")
-        indent = "  " if lines[-1] or len(lines) > 1 else ""
-        lines[-1] += indent + part
+    mark = separator.rstrip()  # a comma stays at the end of its line
+    lines = [parts[0]] if parts else []
+    for part in parts[1:]:
+        if len(lines[-1]) + len(separator) + len(part) + len(mark) > width:
+            lines[-1] += mark
+            lines.append(f"  {part}")
+        else:
+            lines[-1] += separator + part
     return "\n".join(lines)
 
 
