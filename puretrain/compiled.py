@@ -149,7 +149,7 @@ def compiled(
     """
     if backend != "inductor" and (mode is not None or options is not None):
         raise ConfigurationError(
-            f"mode and options are of the backend 'inductor', not of {backend!r}"
+            f"mode and options are of the backend 'inductor', not of {backend!r}: leave them out"
         )
     graphs: list[Graph] = []
     made: list[torch.fx.GraphModule] = []  # by the call that is running

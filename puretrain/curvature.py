@@ -95,9 +95,12 @@ def _loss_of(loss: Loss, state: TrainState, batch: Any) -> Callable[[Any], Tenso
             returned = loss(params, state.buffers, batch, key)
         found = returned[0] if isinstance(returned, tuple) and len(returned) == 2 else returned
         if not isinstance(found, Tensor) or found.dim() or not found.is_floating_point():
+            kind = type(found).__name__
+            if isinstance(found, Tensor):
+                kind = f"{found.dtype} tensor of shape {tuple(found.shape)}"
             raise LossError(
                 "curvature: the loss function returns the loss, a floating-point tensor of shape "
-                "(), or (loss, Aux(…))"
+                f"(), or (loss, Aux(…)); the loss of this one is a {kind}"
             )
         return found
 
@@ -129,7 +132,10 @@ class _Space:
         self.devices = [leaf.device for leaf in leaves]
         self.size = sum(self.sizes)
         if not self.size:
-            raise StructureError("curvature: the state has no parameters")
+            raise StructureError(
+                "curvature: the state has no parameters to differentiate by; make "
+                "it with TrainState.create(params, …)"
+            )
         self.dtype, self.device = torch.float32, leaves[0].device
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
@@ -228,7 +234,11 @@ def eigh(
         image = space.flat(multiply(space.leaves(basis[-1])))
         diagonal.append(float(image.double() @ basis[-1].double()))
         if not math.isfinite(diagonal[-1]):
-            raise LossError("curvature: the second derivative of the loss is not finite here")
+            raise LossError(
+                "curvature: the second derivative of the loss is not finite at "
+                "this state and batch; look for what has none, such as a square "
+                "root or a norm at 0"
+            )
         rest, length = _orthogonal(image, basis)
         values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside))
         scale = max(scale, float(values.abs().max()))

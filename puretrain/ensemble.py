@@ -133,7 +133,8 @@ def ensemble(
     for name, values in hyperparameters.items():
         if len(values) != len(keys):
             raise StructureError(
-                f"{name} has {len(values)} values, but there are {len(keys)} members"
+                f"{name} has {len(values)} values, but there are {len(keys)} "
+                "members; give one for each"
             )
     states = []
     for i, key in enumerate(keys):

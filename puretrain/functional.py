@@ -235,6 +235,7 @@ def _raise_mismatch(name: str, expected: frozenset[str], given: Mapping[str, Any
             for text in (missing and f"missing {missing}", unknown and f"unknown {unknown}")
             if text
         )
+        + "; give those that functional(module) makes of the same module"
     )
 
 

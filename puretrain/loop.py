@@ -514,7 +514,11 @@ def _reads(source: Any, limit: int | None) -> Iterator[Any]:
             empty = False
             yield read
     if empty:
-        raise DataError("there is nothing to evaluate: the source gave no batch")
+        raise DataError(
+            "there is nothing to evaluate: the source gave no batch; it is "
+            "empty, or was used up before (a generator can be read once; pass "
+            "a function that makes one)"
+        )
 
 
 # ── Arguments ─────────────────────────────────────────────────────────────────────────────────────
@@ -622,7 +626,8 @@ def _check_unchanged(before: dict[str, str], state: Any) -> None:
         if before.get(path) != after.get(path):
             raise StructureError(
                 f"the step changed the structure of the state: {path} was "
-                f"{before.get(path, 'not there')} and is {after.get(path, 'not there')} after it"
+                f"{before.get(path, 'not there')} and is {after.get(path, 'not there')} after it; "
+                "a step keeps the shape and dtype of every leaf"
             )
 
 

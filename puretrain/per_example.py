@@ -113,7 +113,8 @@ def _gradients(
         after = tree_leaves(aux.buffers)
         if after and len(after) != len(own):
             raise LossError(
-                "per_example: the loss returned buffers of another structure than given"
+                "per_example: the loss returned buffers of another structure than "
+                "it was given: return those of apply, or leave them out of Aux"
             )
         changed = {i: x for i, x in enumerate(after) if x is not own[i]}
         metrics = {
@@ -284,7 +285,8 @@ def private(
             for name, metric in given.items():
                 if not isinstance(metric, Tensor):
                     raise LossError(
-                        f"per_example.private: the metric {name!r} of the loss is no tensor"
+                        f"per_example.private: the metric {name!r} of the loss is no "
+                        "tensor; make it one with torch.as_tensor"
                     )
                 metrics[name] = metric.detach().to(value.dtype).mean(0)
             metrics["clipped"] = (factor < 1).to(value.dtype).mean()

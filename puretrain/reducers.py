@@ -230,7 +230,8 @@ def averaged(state: S, name: str = "ema") -> S:
         )
     if not int(fields["count"]):
         raise ConfigurationError(
-            f"the reducer {name!r} has averaged nothing yet, at step {int(state.step)}"
+            f"the reducer {name!r} has averaged nothing yet, at step "
+            f"{int(state.step)}; train further, or let it begin earlier"
         )
     params = _shaped_like(state.params, fields["params"], f"the parameters in {name!r}")
     buffers = fields.get("buffers")

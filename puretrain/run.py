@@ -130,7 +130,8 @@ class Run(NamedTuple):
         if path is not None and not resume:
             raise ConfigurationError(
                 f"{shown(self.directory)} has the checkpoints of an earlier run (the newest is "
-                f"{file_name(path)}): resume it, or begin in another directory"
+                f"{file_name(path)}): resume it with fit(resume=True), or begin in "
+                "another with Run(directory=…)"
             )
         return None if path is None else os.fspath(path)
 

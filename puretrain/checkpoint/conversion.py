@@ -145,10 +145,16 @@ def _model(leaves: Mapping[str, Any], name: str) -> dict[str, Any]:
         top, _, rest = path.partition("/")
         if top in {"params", "buffers"} and rest:
             if rest in found:
-                raise CheckpointError(f"{name}: {rest} is a parameter and a buffer; use only=")
+                raise CheckpointError(
+                    f"{name}: {rest} is a parameter and a buffer; take one of them, as "
+                    "with only='params/**'"
+                )
             found[rest] = leaf
     if not found:
-        raise CheckpointError(f"{name} has no params to convert; say with only= which leaves")
+        raise CheckpointError(
+            f"{name} has no params to convert; say with only= which leaves "
+            "(`puretrain inspect` lists them)"
+        )
     return found
 
 
@@ -222,7 +228,8 @@ def _tensors(content: Any, name: str) -> dict[str, Tensor]:
     found = {}
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{name} holds a {type(content).__name__}, not tensors by name as a state_dict() is"
+            f"{name} holds a {type(content).__name__}, not tensors by name as a "
+            "state_dict() is; save that with torch.save"
         )
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
@@ -284,9 +291,14 @@ def _nested(leaves: Mapping[str, Any], rename: Mapping[str, str] | None = None) 
         for key in above:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise CheckpointError(f"{name}: a leaf of that name is in the way at {key!r}")
+                raise CheckpointError(
+                    f"{name}: a leaf of that name is in the way at {key!r}; give it "
+                    "another name with rename="
+                )
         if last in node:
-            raise CheckpointError(f"{name} is a leaf and has leaves below it")
+            raise CheckpointError(
+                f"{name} is a leaf and has leaves below it; give it another name with rename="
+            )
         node[last] = leaf
     return top
 

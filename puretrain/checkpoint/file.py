@@ -210,7 +210,10 @@ def write_entries(
             file.write(head)
             checksums = [entry.checksum for entry in _write_data(file, entries, contents)]
             if checksums != [entry.checksum for entry in entries]:
-                raise CheckpointError(f"{name}: a tensor was changed while it was being saved")
+                raise CheckpointError(
+                    f"{name}: a tensor was changed while it was being saved; take a "
+                    "lease on the state for so long"
+                )
         return index
 
 
@@ -279,7 +282,8 @@ def write_apart(path: Location, entry: Entry, content: Tensor | bytes, there: se
         written = write_block(file, entry, content)
         if written.checksum != entry.checksum:
             raise CheckpointError(
-                f"{shown(path)}: {path_string(entry.keys)} was changed while it was being saved"
+                f"{shown(path)}: {path_string(entry.keys)} was changed while it was "
+                "being saved; take a lease on the state for so long"
             )
     there.add(entry.shared_name)
 
@@ -414,7 +418,9 @@ def read_range_of(
     entry = index.entries[_holder(index.entries, number)]
     where = f"{shown(path)}: {path_string(index.entries[number].keys)}"
     if entry.kind != "tensor":
-        raise CheckpointError(f"{where} is a {entry.kind}; only a tensor has slices")
+        raise CheckpointError(
+            f"{where} is a {entry.kind}; only a tensor has slices: read it with load(…, only=)"
+        )
     if not 0 <= dim < len(entry.shape) or not 0 <= start <= start + length <= entry.shape[dim]:
         raise ConfigurationError(
             f"{where} has the shape {list(entry.shape)}, and no slice of {length} from {start} on "

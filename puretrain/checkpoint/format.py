@@ -352,10 +352,13 @@ def _plain(value: Any, where: tuple[str, ...], name: str) -> Any:
                 )
         return {key: _plain(item, (*where, key), name) for key, item in value.items()}
     if kind is int and not -(2**63) <= value < 2**64:
-        raise CheckpointError(f"{name}: {path_string(where)} is an integer of more than 64 bits")
+        raise CheckpointError(
+            f"{name}: {path_string(where)} is an integer of more than 64 bits; write it as a string"
+        )
     if kind is str and not is_text(value):
         raise CheckpointError(
-            f"{name}: {path_string(where)} is {value!r}, which is no Unicode text"
+            f"{name}: {path_string(where)} is {value!r}, which is no Unicode "
+            "text; write it as bytes"
         )
     if value is not None and kind not in {bool, int, float, str, bytes}:
         raise CheckpointError(

@@ -148,7 +148,7 @@ def _torch_state(
     if len(found) != 1:
         raise CheckpointError(
             f"{name} has {len(found) or 'no'} optimizer states of tensors like the parameters, and "
-            f"{kind} needs one"
+            f"{kind} needs one; give optimizer= the optimizer that the state was made with"
         )
     (memory,) = found
     for number, (path, param) in enumerate(params.items()):

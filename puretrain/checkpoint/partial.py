@@ -274,7 +274,9 @@ def renamed(names: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, st
                 used.add(pattern)
                 break
         if new in found:
-            raise PatternError(f"{found[new]} and {name} are both renamed to {new}")
+            raise PatternError(
+                f"{found[new]} and {name} are both renamed to {new}; give one another name"
+            )
         found[new] = name
     unused = [pattern for pattern in rename if pattern not in used]
     if unused:

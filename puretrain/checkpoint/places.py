@@ -231,7 +231,8 @@ def _uploading(url: str) -> Iterator[IO[bytes]]:
         found = system.size(temporary)
         if found != length:
             raise CheckpointError(
-                f"{shown(url)} can't be written: {found:,} of {length:,} bytes have arrived"
+                f"{shown(url)} can't be written: {found:,} of {length:,} bytes have "
+                "arrived; save again"
             )
         _rename(system, temporary, path)
     except BaseException:

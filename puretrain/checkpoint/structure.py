@@ -94,7 +94,10 @@ def _children(
                 "be saved as keys"
             )
     if len(set(names)) != len(names):
-        raise CheckpointError(f"{name}: {path_string(keys)} has two keys that are written alike")
+        raise CheckpointError(
+            f"{name}: {path_string(keys)} has two keys that are written alike, "
+            "as 1 and '1' are; name one otherwise"
+        )
     return list(zip(names, flat.children, strict=True))
 
 

@@ -82,7 +82,10 @@ def _optimizer(text: str | None) -> TorchOptimizer | None:
         ) from None
     found = getattr(torch.optim, call.func.id, None)
     if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
-        raise ConfigurationError(f"torch.optim has no optimizer of the name {call.func.id!r}")
+        raise ConfigurationError(
+            f"torch.optim has no optimizer of the name {call.func.id!r}; give "
+            "one of its classes, such as AdamW"
+        )
     return functools.partial(found, **named)
 
 
@@ -91,7 +94,9 @@ def _convert(options: argparse.Namespace) -> int:
     for text in options.rename:
         pattern, equals, target = text.partition("=")
         if not equals:
-            raise ConfigurationError(f"--rename takes PATTERN=PATTERN, not {text!r}")
+            raise ConfigurationError(
+                f"--rename takes PATTERN=PATTERN, such as 'encoder.**=params/**', not {text!r}"
+            )
         rename[pattern] = target
     given = options.source
     source = given if is_url(given) else checkpoint_at(given)

@@ -72,7 +72,11 @@ def _explain(options: argparse.Namespace) -> int:
         with contextlib.closing(source.read(run.state.cursor)) as reads:
             first = next(reads, None)
         if first is None:
-            raise DataError("there is no step to explain: the epoch of the state is at its end")
+            raise DataError(
+                "there is no step to explain: the source gave no batch at the "
+                "place in the data that the state is at; give another checkpoint "
+                "with --resume CKPT"
+            )
         found = explain(run.step, run.state, first.batch)
     if options.json:
         leaves = [{**leaf._asdict(), "ratio": leaf.ratio} for leaf in found.leaves]

@@ -422,4 +422,7 @@ def _resume_from(run: Run, resume: bool | str) -> Path | str | bool:
     if resume is True:
         note(f"no good checkpoint in {os.fspath(place)}: beginning anew")
         return False
-    raise ConfigurationError(f"--resume {resume}: no such file, nor a good checkpoint in there")
+    raise ConfigurationError(
+        f"--resume {resume}: no such file, nor a good checkpoint in there; "
+        "give a checkpoint (*.ckpt) or the directory of a run"
+    )

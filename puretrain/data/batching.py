@@ -343,7 +343,7 @@ def batches(
         if plan.drop_last and items.length < (plan.batch_size or 1):
             raise DataError(
                 f"drop_last=True leaves no batch: the source has {items.length} samples, fewer "
-                f"than batch_size={plan.batch_size}"
+                f"than batch_size={plan.batch_size}; use drop_last=False, or smaller batches"
             )
     return Batches(given, plan, items, transform, _device(device), pin)
 

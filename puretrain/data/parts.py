@@ -86,6 +86,8 @@ def cut(batch: Any, share: Share) -> Parts:
                 "batches() samples and a batch_size"
             )
     if not length:
-        raise DataError("a ready batch without a sample can't be divided")
+        raise DataError(
+            "a ready batch without a sample can't be divided; leave it out of the source"
+        )
     parts = [tree_map(lambda leaf: leaf[a:b], batch) for a, b in share.cuts(length)]  # noqa: B023
     return share.of(parts, length)

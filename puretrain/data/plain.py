@@ -46,7 +46,8 @@ def unpack(content: Tensor) -> Any:
         return _unpackb(content.numpy().tobytes())
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise DataError(
-            f"cursor.source holds {content.numel()} bytes that are no state of a source: {error}"
+            f"cursor.source holds {content.numel()} bytes that are no state of "
+            f"a source: {error}. Begin with Cursor()"
         ) from None
 
 

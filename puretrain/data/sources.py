@@ -398,7 +398,8 @@ class Stream:
         if found < count:
             raise DataError(
                 f"the cursor stands after {count} items of epoch {epoch}, but the source, "
-                f"{_name(self.source)}, ended after {found}: it is a cursor of another source"
+                f"{_name(self.source)}, ended after {found}: it is a cursor of "
+                "another source. Begin with Cursor()"
             )
 
     def _here(self, plan: Plan, epoch: int, offset: int, state: Tensor) -> _Run:
@@ -448,7 +449,8 @@ class Stream:
             if owner is None:
                 raise DataError(
                     f"the cursor holds the state of another source: this one, {_name(self.source)},"
-                    " has no load_state_dict (or was read with another num_workers)"
+                    " has no load_state_dict (or was read with another num_workers). Begin with "
+                    "Cursor()"
                 )
             owner.load_state_dict(_read_state(state)[1])
         return iterator, owner
@@ -611,7 +613,7 @@ def _read_state(state: Tensor) -> tuple[bool, Any]:
         case content:
             raise DataError(
                 f"the cursor holds {content!r}, which is no state of this source: it is one of "
-                "another source, or of this one read with another num_workers"
+                "another source, or of this one read with another num_workers. Begin with Cursor()"
             )
 
 

@@ -144,7 +144,10 @@ def draw_explanations(
     """
     mpl = _matplotlib()
     if not columns["step"]:
-        raise ConfigurationError("there is nothing to draw: the history has no rows yet")
+        raise ConfigurationError(
+            "there is nothing to draw: the history has no rows yet; the "
+            "observer explanations(every=N) writes one every N steps"
+        )
     panels = [
         ("ratio", "update / parameter", True),
         ("gradient", "norm of the gradient", True),

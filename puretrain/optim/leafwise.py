@@ -866,7 +866,10 @@ def _misfit(method: _Method, grads: Any, state: Any, params: Any) -> OptimizerEr
         else:
             continue
         return OptimizerError(f"{method.name}: {path} is {_kind(leaf)}, but its gradient is {what}")
-    raise StructureError(f"{method.name}: gradients, state and parameters do not fit together")
+    raise StructureError(
+        f"{method.name}: gradients, state and parameters do not fit "
+        "together; make the state with init(params)"
+    )
 
 
 def _misfit_of_state(

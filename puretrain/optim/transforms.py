@@ -365,7 +365,11 @@ def apply_every(k: int, optimizer: Optimizer, *, mean: bool = False) -> Optimize
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise OptimizerError(f"apply_every: k is a whole number from 1, not {k!r}")
     if _kind("apply_every", optimizer) is not Optimizer:
-        raise OptimizerError("apply_every: it takes an optimizer, or a chain that ends with one")
+        raise OptimizerError(
+            "apply_every: it takes an optimizer, or a chain that ends with "
+            "one; this one ends with a transformation, so put adamw(1e-3), for "
+            "example, behind it"
+        )
 
     def init(params: Any, /) -> AccumulationState:
         leaves, structure = tree_flatten(params)

@@ -275,7 +275,7 @@ def _host_batch(leaves: list[Any]) -> int:
 
 def _bytes(leaf: Tensor) -> memoryview:
     if leaf.layout != torch.strided:
-        raise StructureError(f"a {leaf.layout} tensor can't be digested")
+        raise StructureError(f"a {leaf.layout} tensor can't be digested; use .to_dense()")
     return tensor_bytes(leaf)
 
 

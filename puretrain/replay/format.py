@@ -51,7 +51,8 @@ def encode(record: list[Any], offset: int) -> bytes:
     length = len(content)
     if length > _LARGEST:
         raise JournalError(
-            f"a record of the journal would have {length} bytes, which is more than {_LARGEST}"
+            f"a record of the journal would have {length} bytes, which is more "
+            f"than {_LARGEST}; report fewer or smaller metrics"
         )
     return _HEAD.pack(_SYNC, length, _checksum(content, offset)) + content
 

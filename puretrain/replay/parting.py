@@ -69,7 +69,9 @@ def bisect(a: Recorded, b: Recorded) -> Parting:
     common = sorted(steps_a.keys() & steps_b.keys())
     if not common:
         raise JournalError(
-            f"{a.directory} and {b.directory} have no step in common that could be compared"
+            f"{a.directory} and {b.directory} have no step in common that could "
+            "be compared; let both journals begin at one step, with the same "
+            "every="
         )
     facts = _facts(a, b, common[-1])
     begin = _beginnings(a, b)

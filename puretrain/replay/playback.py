@@ -360,7 +360,7 @@ def open_run(
     found = read_journal(directory)
     place = found.path.parent
     if not found.segments:
-        raise JournalError(f"{found.path} has no record yet")
+        raise JournalError(f"{found.path} has no record yet; it gets its first when the run begins")
     if isinstance(program, Run):
         make: Callable[..., Run] = functools.partial(_given_run, program)
     elif program is not None:

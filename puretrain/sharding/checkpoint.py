@@ -269,7 +269,7 @@ def _check_alike(told: list[dict[str, Any]], held: Sequence[_Held], name: str) -
         if len(one["leaves"]) != len(first["leaves"]):
             raise CheckpointError(
                 f"{name}: process {rank} has {len(one['leaves'])} leaves, and process 0 "
-                f"{len(first['leaves'])}"
+                f"{len(first['leaves'])}; all must save the same"
             )
 
 
@@ -288,7 +288,7 @@ def _totals(
                 raise CheckpointError(
                     f"{name}: {path_string(leaf.entry.keys)} is sharded along dimension {leaf.dim} "
                     f"over {count} processes, but the lengths of the shards, {found}, are not "
-                    "those of torch.chunk"
+                    "those of torch.chunk; divide it with that, or save it as Replicate()"
                 )
         totals.append(total)
     return totals
@@ -693,7 +693,10 @@ def _calls(mesh: DeviceMesh, timeout: float) -> _Talk:
     """For what is called in the main thread."""
     world = dist.group.WORLD
     if world is None:
-        raise ConfigurationError("the process group of the mesh has been destroyed")
+        raise ConfigurationError(
+            "the process group of the mesh has been destroyed: save and load "
+            "before destroy_process_group()"
+        )
     talks = _groups.setdefault(world, {})
     if timeout not in talks:
         talks[timeout] = _new_talk(mesh, timeout)

@@ -251,7 +251,7 @@ def dp(devices: Sequence[torch.device | str]) -> Across:
     except RuntimeError as error:
         raise ConfigurationError(f"devices: {error}") from None
     if not places:
-        raise ConfigurationError("dp needs at least one device")
+        raise ConfigurationError("dp needs at least one device, as in dp(['cpu'])")
     combine = _Combine(None, places[0])
 
     def across(evaluate: Evaluate, state: TrainState, batch: Any, key: Tensor | None) -> Gradients:

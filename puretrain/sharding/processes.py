@@ -152,7 +152,10 @@ def everyone(mesh: DeviceMesh) -> dist.ProcessGroup:
         )
     group = dist.group.WORLD
     if group is None:
-        raise ConfigurationError("the process group of the mesh has been destroyed")
+        raise ConfigurationError(
+            "the process group of the mesh has been destroyed: end the run "
+            "before destroy_process_group()"
+        )
     return group
 
 
