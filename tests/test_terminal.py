@@ -132,7 +132,8 @@ def test_nothing_is_wider_than_a_terminal(place):
     assert re.search(
         r"^puretrain: error: runs/a has the checkpoints .*\n  \S", written, re.MULTILINE
     )
-    assert re.search(r"^DAMAGED  damaged.ckpt: .*\n  \S", written, re.MULTILINE)
+    assert "first value that is not finite: none" in written  # explain goes beside an earlier run
+    assert re.search(r"^DAMAGED  damaged.ckpt:.*\n  \S", written, re.MULTILINE)
 
 
 def test_colours_are_off_when_asked(place):
