@@ -1,7 +1,8 @@
 """The command line: ``puretrain fit``, ``inspect``, ``replay`` and the others.
 
 What goes wrong on purpose (a :class:`~puretrain.errors.PuretrainError`) is one line on stderr,
-folded in a terminal, and the exit status 2. An exception of somebody else's code keeps its traceback, and is 2 as well.
+folded in a terminal, and the exit status 2. An exception of somebody else's code keeps its
+traceback, and is 2 as well.
 """
 
 from __future__ import annotations
