@@ -1,10 +1,10 @@
 """How long the loop stands still for a checkpoint: saved at once, and saved in the background.
 
-Prints one line: the medians over several checkpoints of the time that the observer takes of the
-loop, and their ratio. The background save also makes the next step compute out of place, and shares
+Prints the medians over several checkpoints of the time that the observer takes of the loop, and
+their ratio. The background save also makes the next step compute out of place, and shares
 the processor; the time of that step is compared with the others.
 
-    python benchmarks/async_checkpoint.py [--megabytes 400] [--saves 5]
+    python benchmarks/async_checkpoint.py [--megabytes 400] [--saves 6] [--json FILE]
 """
 
 import argparse
@@ -13,6 +13,7 @@ import tempfile
 import time
 
 import torch
+from interleaved import write_json
 
 import puretrain as pt
 
@@ -55,21 +56,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=400, help="size of the state")
     parser.add_argument("--saves", type=int, default=6, help="checkpoints of each kind")
+    parser.add_argument("--directory", help="where to write; by default a temporary one")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
-    found = {}
+    found, report = {}, {}
     for asynchronous in (False, True):
-        with tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             taken, after, others = stalls(
                 options.megabytes, options.saves, asynchronous=asynchronous, directory=directory
             )
         found[asynchronous] = statistics.median(taken)
+        name = "in the background" if asynchronous else "at once"
+        report[name] = {"rounds": taken}
         print(
-            f"{'in the background' if asynchronous else 'at once':18} "
+            f"{name:18} "
             f"the loop stands still for {1e3 * found[asynchronous]:9.3f} ms; the step after takes "
             f"{1e3 * statistics.median(after):.1f} ms, others {1e3 * statistics.median(others):.1f}"
         )
     ratio = found[True] / found[False]
     print(f"async checkpoint stall / synchronous save: {100 * ratio:.3f} % (at most 5 %)")
+    if options.json:
+        write_json(options.json, {"the loop stands still": report})
     return 0 if ratio <= 0.05 else 1
 
 

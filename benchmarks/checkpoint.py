@@ -197,7 +197,7 @@ def extra_memory(directory, megabytes, library):
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(pt.__file__).parents[1])},
     )
     extra, size = map(int, done.stdout.split())
-    return {"bytes": extra, "share": extra / size}
+    return {"bytes": extra, "share": extra / size, "rounds": [extra]}
 
 
 def show(title, report, size, target):
@@ -248,7 +248,7 @@ def main():
             memory = {
                 name: extra_memory(directory, options.size, name) for name in ("puretrain", "torch")
             }
-            results["extra memory while saving"] = memory
+            results["extra memory while saving"] = memory | {"the state": {"rounds": [size]}}
             print("\nextra memory while saving  (to reach: 2 % of the state)")
             for name, row in memory.items():
                 print(f"  {name:<26} {row['bytes'] / 1e6:>8.1f} MB  {row['share']:.2%}")

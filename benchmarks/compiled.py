@@ -5,12 +5,14 @@
 
 The compiled step is made by puretrain.compiled and called as `fit` calls it, with donate=True.
 Where jax and optax are installed, the two multilayer perceptrons are also trained with them, jitted
-and with donated buffers. Each row runs in rounds that alternate; see interleaved.py.
+and with donated buffers; with --threads 1, XLA is held to one thread, too. Each row runs in rounds
+that alternate; see interleaved.py.
 """
 
 import argparse
 import importlib.util
 import itertools
+import os
 import time
 
 import torch
@@ -235,6 +237,9 @@ def main():
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.threads == 1:  # read when jax is imported
+        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     with_jax = all(importlib.util.find_spec(name) for name in ("jax", "optax"))
     print("  ".join(f"{name} {value}" for name, value in machine().items()))
     print("jax and optax: " + ("compared as well" if with_jax else "not installed, left out"))

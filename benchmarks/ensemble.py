@@ -169,6 +169,7 @@ ROWS = {"16": members_row(16), "64": members_row(64), "dropout": dropout_row}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ROWS, action="append", help="this row; may be repeated")
+    parser.add_argument("--way", action="append", help="ways named so; the loops always run")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, help="torch's threads; by default what torch takes")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
@@ -179,7 +180,10 @@ def main():
     results = {}
     for name in options.only or ROWS:
         title = f"MLP {'-'.join(map(str, SIZES))}, batch {BATCH}, {name}"
-        results[title] = compare(ROWS[name](), options.rounds)
+        ways = ROWS[name]()
+        if options.way:
+            ways = {way: ways[way] for way in ways if way in [next(iter(ways)), *options.way]}
+        results[title] = compare(ways, options.rounds)
         show(title, results[title], "16 members <= 0.33x" if name == "16" else None)
     if options.json:
         write_json(options.json, results)

@@ -25,8 +25,8 @@ def compare(contenders, rounds=15, warmup=2, before=lambda: None):
         before: done before each turn, and not timed.
 
     Returns:
-        For each name: seconds per step (median), the ratio to the first one (median), and the
-        quartiles of the ratio.
+        For each name: seconds per step (median), the ratio to the first one (median), the
+        quartiles of the ratio, and the seconds of each round.
     """
     times = {name: [] for name in contenders}
     for number in range(warmup + rounds):
@@ -43,14 +43,21 @@ def compare(contenders, rounds=15, warmup=2, before=lambda: None):
     base = times[next(iter(contenders))]
     report = {}
     for name, own in times.items():
-        ratios = [seconds / first for seconds, first in zip(own, base, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        ratio, quartiles = ratios(own, base)
         report[name] = {
             "seconds": statistics.median(own),
-            "ratio": statistics.median(ratios),
-            "quartiles": [low, high],
+            "ratio": ratio,
+            "quartiles": quartiles,
+            "rounds": own,
         }
     return report
+
+
+def ratios(own, base):
+    """The median and the quartiles of the ratios of two contenders, round by round."""
+    found = [mine / theirs for mine, theirs in zip(own, base, strict=True)]
+    low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+    return statistics.median(found), [low, high]
 
 
 def machine():

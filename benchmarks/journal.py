@@ -1,6 +1,6 @@
 """What a journal costs: steps with one against steps without.
 
-    python benchmarks/journal.py [--threads N] [--rounds N]
+    python benchmarks/journal.py [--threads N] [--rounds N] [--json FILE]
 
 The model is an MLP 784-512-512-10, the batch 128, the optimizer AdamW. In one run, the journal sees
 every other step only, so that what else the machine does falls on steps with it and without it
@@ -14,6 +14,7 @@ import tempfile
 import time
 
 import torch
+from interleaved import write_json
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -43,7 +44,7 @@ def run():
 
 
 def measure(rounds):
-    """Median seconds: of a step without and with a journal, and of a digest of the state."""
+    """Seconds of steps without and with a journal, and the median of a digest of the state."""
     state, step, batches = run()
     spans = {False: [], True: []}
     begin = 0.0
@@ -70,23 +71,32 @@ def measure(rounds):
         begin = time.perf_counter()
         pt.replay.leaf_digests(state)
         digests.append(time.perf_counter() - begin)
-    medians = (statistics.median(found[STEPS // 2 :]) for found in spans.values())
-    return *medians, statistics.median(digests)
+    # The first steps warm up.
+    return spans[False][STEPS // 2 :], spans[True][STEPS // 2 :], statistics.median(digests)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="of 100 steps")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    plain, journalled, digest = measure(options.rounds)
+    without, with_one, digest = measure(max(options.rounds, 2))
+    plain, journalled = statistics.median(without), statistics.median(with_one)
     cost = journalled - plain + digest / STEPS
     print(f"threads                  {options.threads}")
     print(f"a step without journal   {plain * 1e3:.3f} ms")
     print(f"a step with one          {journalled * 1e3:.3f} ms")
     print(f"a digest of the state    {digest * 1e3:.3f} ms, every {STEPS} steps")
     print(f"cost of the journal      {cost * 1e6:.0f} µs a step, {cost / plain:.2%}")
+    if options.json:
+        pairs = list(zip(without, with_one, strict=False))  # neighbours in time
+        report = {
+            "a step": {"rounds": [first for first, _ in pairs]},
+            "a step with a journal": {"rounds": [second + digest / STEPS for _, second in pairs]},
+        }
+        write_json(options.json, {"MLP 784-512-512-10, batch 128": report})
 
 
 if __name__ == "__main__":
