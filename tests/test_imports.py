@@ -133,6 +133,22 @@ def test_import_leaves_heavy_packages_for_first_use():
     assert not {"tensorboard", "rich", "torch.utils.tensorboard"} & set(loaded)
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_import_does_not_collect_garbage_and_leaves_the_collector_as_it_was(collects):
+    code = f"""
+import gc, torch
+gc.{"enable" if collects else "disable"}()
+begun = []
+gc.callbacks.append(lambda phase, info: begun.append(info["generation"]))
+import puretrain
+print(gc.isenabled(), begun.count(2))
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert printed == [str(collects), "0"]
+
+
 def test_functorch_is_only_the_one_inside_torch():
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     assert "torch" in installed
