@@ -182,9 +182,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def bench(session: nox.Session) -> None:
-    """Time a step against the plain torch loop."""
-    install(session, "examples")
-    session.run(PYTHON, "benchmarks/step.py", *session.posargs)
+    """Measure every row of the speed table with its peers; with --quick in three minutes."""
+    install(session, "peers")
+    session.run(PYTHON, "benchmarks/table.py", *session.posargs)
 
 
 @nox.session(python=False)
