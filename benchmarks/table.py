@@ -2,6 +2,7 @@
 
     python benchmarks/table.py                        # all rows, half an hour on a quiet machine
     python benchmarks/table.py --quick                # few rounds and small files, three minutes
+    python benchmarks/table.py --rounds 5             # files in full size, fewer rounds
     python benchmarks/table.py --only step --only import
     python benchmarks/table.py --json table.json --chart table.svg
     python benchmarks/table.py --from table.json --chart table.svg    # measures nothing
@@ -41,6 +42,7 @@ class Script:
     full: str = ""
     quick: str = ""
     needs: tuple[str, ...] = ()  # without them it measures nothing
+    rounds: str = "--rounds"  # the option that says how often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +71,18 @@ SCRIPTS = {
     ),
     "ensemble": Script(
         "ensemble.py",
-        full="--threads 1 --only 16",
+        full="--threads 1 --only 16 --way ensemble_step",
         quick="--threads 1 --only 16 --way ensemble_step --rounds 3",
     ),
     "checkpoint": Script("checkpoint.py", quick="--size 40 --rounds 3"),
-    "async": Script("async_checkpoint.py", quick="--megabytes 40 --saves 4"),
+    "async": Script("async_checkpoint.py", quick="--megabytes 40 --saves 4", rounds="--saves"),
     "lightning": Script("lightning.py", quick="--rounds 2", needs=("pytorch_lightning",)),
     "distributed": Script("distributed.py", quick="--rounds 3 --steps 4"),
     "journal": Script("journal.py", full="--threads 1", quick="--threads 1 --rounds 2"),
     "per_example": Script(
-        "per_example.py", full="--threads 1", quick="--threads 1 --only mlp --rounds 3"
+        "per_example.py",
+        full="--threads 1 --only mlp",
+        quick="--threads 1 --only mlp --rounds 3",
     ),
 }
 
@@ -256,7 +260,7 @@ def row_of(row, results):
     }
 
 
-def run(script, *, quick):
+def run(script, *, quick, rounds=None):
     """Run a script; returns its results, or None and why there are none."""
     absent = missing(script.needs)
     if absent:
@@ -264,6 +268,7 @@ def run(script, *, quick):
     with tempfile.TemporaryDirectory(prefix="puretrain-bench-") as directory:
         path = pathlib.Path(directory) / "results.json"
         arguments = (script.quick if quick else script.full).split()
+        arguments += [script.rounds, str(rounds)] if rounds else []
         done = subprocess.run(
             [sys.executable, str(HERE / script.file), *arguments, "--json", str(path)],
             check=False,
@@ -277,13 +282,13 @@ def run(script, *, quick):
     return None, f"failed with exit status {done.returncode}: {last}"
 
 
-def measure(names, *, quick, say):
+def measure(names, *, quick, say, rounds=None):
     """Run scripts one after the other, and make what the JSON file holds."""
     lines, notes = [], []
     for name in names:
         begin = time.perf_counter()
         say(f"{SCRIPTS[name].file} …", end=" ")
-        results, trouble = run(SCRIPTS[name], quick=quick)
+        results, trouble = run(SCRIPTS[name], quick=quick, rounds=rounds)
         say(trouble or f"{time.perf_counter() - begin:.0f} s")
         if trouble:
             notes.append(f"{SCRIPTS[name].file}: {trouble}")
@@ -388,6 +393,7 @@ def draw(found, path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds and small files")
+    parser.add_argument("--rounds", type=int, help="instead of what each script takes, from 3 on")
     parser.add_argument("--only", choices=SCRIPTS, action="append", help="may be repeated")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     parser.add_argument("--chart", metavar="FILE", help="draw the ratios there (.svg, .png)")
@@ -400,7 +406,8 @@ def main(arguments=None):
             found["rows"] = [line for line in found["rows"] if line["script"] in options.only]
     else:
         names = options.only or list(SCRIPTS)
-        found = measure(names, quick=options.quick, say=console.print)
+        rounds = max(options.rounds, 3) if options.rounds else None
+        found = measure(names, quick=options.quick, rounds=rounds, say=console.print)
     show(found, console)
     if options.json:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
