@@ -182,7 +182,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def bench(session: nox.Session) -> None:
-    """Measure every row of the speed table with its peers; with --quick in three minutes."""
+    """Measure every row of the speed table with its peers; --quick: roughly."""
     install(session, "peers")
     session.run(PYTHON, "benchmarks/table.py", *session.posargs)
 

@@ -1,7 +1,7 @@
 """Every row of the speed table with its peers, as one table, one JSON file and one chart.
 
-    python benchmarks/table.py                        # all rows, half an hour on a quiet machine
-    python benchmarks/table.py --quick                # few rounds and small files, three minutes
+    python benchmarks/table.py                        # all rows
+    python benchmarks/table.py --quick                # few rounds and small files
     python benchmarks/table.py --rounds 5             # files in full size, fewer rounds
     python benchmarks/table.py --only step --only import
     python benchmarks/table.py --json table.json --chart table.svg
@@ -352,6 +352,21 @@ def show(found, console):
         console.print(note)
 
 
+def markdown(found):
+    """The table for a page."""
+    lines = ["| what | against | ratio | aim | |", "|---|---|---|---|---|"]
+    for line in found["rows"]:
+        measured = "not measured"
+        if line["ratio"] is not None:
+            low, high = map(number, line["quartiles"])
+            measured = f"{number(line['ratio'])}x [{low}, {high}]"
+        aim = "" if line["aim"] is None else f"{line['aim']:g}x"
+        words = {"reached": "reached", "missed": "**missed**", "absent": "", "": ""}
+        cells = (line["what"], line["against"], measured, aim, words[verdict(line)])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(found, path):
     """The ratios as bars to both sides of 1, with the quartiles, and the aims as marks."""
     import matplotlib as mpl
@@ -382,6 +397,7 @@ def draw(found, path):
         axes.axvline(1, color="#475569", linewidth=0.8)
         names = [f"{line['what']} / {line['against']}" for line in lines]
         axes.set_yticks(range(len(lines)), names)
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("ratio; left of 1 is less than the peer takes (logarithmic)")
@@ -397,6 +413,7 @@ def main(arguments=None):
     parser.add_argument("--only", choices=SCRIPTS, action="append", help="may be repeated")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     parser.add_argument("--chart", metavar="FILE", help="draw the ratios there (.svg, .png)")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     parser.add_argument("--from", dest="source", metavar="FILE", help="show an earlier --json")
     options = parser.parse_args(arguments)
     console = Console(width=WIDTH, highlight=False)
@@ -412,6 +429,8 @@ def main(arguments=None):
     if options.json:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         pathlib.Path(options.json).write_text(text, encoding="utf-8")
+    if options.markdown:
+        pathlib.Path(options.markdown).write_text(markdown(found), encoding="utf-8")
     if options.chart:
         draw(found, options.chart)
     return 1 if any("failed" in note for note in found["notes"]) else 0

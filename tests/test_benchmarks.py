@@ -108,6 +108,12 @@ def test_a_stored_run_is_shown_in_80_columns(table, tmp_path, capsys):
     assert "jax" not in text  # it is not installed, so there is no version of it to tell
 
 
+def test_the_page_quotes_what_was_measured(table):
+    found = json.loads((BENCHMARKS / "measured.json").read_text(encoding="utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert table.markdown(found) in page
+
+
 def test_only_takes_some_rows_of_a_stored_run(table, tmp_path, capsys):
     path, copy = tmp_path / "found.json", tmp_path / "copy.json"
     path.write_text(json.dumps(stored()))
