@@ -10,6 +10,7 @@ loopback.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 from interleaved import compare, machine, show, write_json
 from step import Task
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +49,33 @@ def raw(task, batches, total):
     return loop
 
 
-def ours(task, batches, across):
+def fully_sharded(task, batches, mesh):
+    """The same with torch's FSDP: parameters, gradients and optimizer in shards, layer by layer."""
+    model = task.module()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def loop():
+        for x, y in batches:
+            loss = cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return len(batches)
+
+    return loop
+
+
+def zero(task, batches, mesh, stage):
+    """A stage of ZeRO in puretrain."""
+    made = functools.partial(pt.sharding.zero, mesh, stage=stage)
+    return ours(task, batches, None, made)
+
+
+def ours(task, batches, across, sharded=None):
     """The same in puretrain, with its metrics merged over the processes in every step."""
     apply, params, buffers = pt.functional(task.module())
 
@@ -56,6 +85,8 @@ def ours(task, batches, across):
         return cross_entropy(logits, y)
 
     optimizer = pt.optim.adamw(1e-3)
+    if sharded is not None:
+        params, optimizer, across, *_ = sharded(params, optimizer)
     state = pt.TrainState.create(params, buffers, optimizer, key=pt.random.key(0))
     step = pt.train_step(loss, optimizer, across=across)
     held = [pt.tree.tree_map(torch.clone, state)]
@@ -100,7 +131,8 @@ def moved(loop):
 def measure(options):
     """Run all rows, in every process."""
     results = {}
-    with pt.sharding.processes(device="cpu") as mesh:
+    count = int(os.environ["WORLD_SIZE"])
+    with pt.sharding.processes(device="cpu", shard=count) as mesh:
         rank, world_size = mesh.get_rank(), mesh.size()
         for name, (sizes, batch_size) in TASKS.items():
             task = Task(sizes, batch_size * world_size, count=options.steps)
@@ -116,7 +148,10 @@ def measure(options):
                     task, one, sharding.elastic(mesh, world_size)
                 ),
                 f"across=elastic(mesh, {shards})": ours(task, two, sharding.elastic(mesh, shards)),
+                "fully_shard (FSDP) of torch": fully_sharded(task, mine, mesh),
             }
+            for stage in (1, 2, 3):
+                contenders[f"zero(mesh, stage={stage})"] = zero(task, one, mesh, stage)
             report = compare(contenders, rounds=options.rounds, before=dist.barrier)
             parameters = sum(parameter.numel() for parameter in task.module().parameters())
             theory = 2 * (world_size - 1) / world_size * parameters * 4
