@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,11 @@ def processes(
                 f"a state can't be sharded over {shard} of {world_size} processes: shard must "
                 "divide their number"
             )
-        yield init_device_mesh(device, (world_size // shard, shard), mesh_dim_names=(DATA, SHARD))
+        shape = (world_size // shard, shard)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=(DATA, SHARD))
+        for dimension in (DATA, SHARD):  # their own would be torch's half an hour
+            _set_timeout(_timeout_of(everyone(mesh)), mesh.get_group(dimension))
+        yield mesh
     except Interrupted:
         # What starts the processes kills the others soon after one has ended, and the first one may
         # still be saving the state.
@@ -98,6 +102,21 @@ def processes(
 
 
 _DRAINED = 0.05
+# Torch has no public way to ask for the patience of a group, nor to change it.
+_set_timeout: Callable[[datetime.timedelta, dist.ProcessGroup], None]
+_set_timeout = dist.distributed_c10d._set_pg_timeout
+
+
+def _timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
+    device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+    return group._get_backend(device).options._timeout
+
+
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A further group of some processes, as patient as that of all; all processes call this."""
+    world = dist.group.WORLD
+    patience = None if world is None else _timeout_of(world)
+    return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=patience))
 
 
 def _meeting_place(patience: datetime.timedelta) -> tuple[Any, int, int]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puretrain.sharding.processes import all_gather
+from puretrain.sharding.processes import all_gather, new_group
 from puretrain.step import Passage
 
 __all__ = ["Reduced", "bucketed", "summed_as_tree"]
@@ -39,7 +39,7 @@ def group_for_gradients(everyone: dist.ProcessGroup) -> dist.ProcessGroup:
     """
     if dist.get_world_size(everyone) == 1:
         return everyone
-    return cast(dist.ProcessGroup, dist.new_group(dist.get_process_group_ranks(everyone)))
+    return new_group(dist.get_process_group_ranks(everyone))
 
 
 class _Bucket(NamedTuple):

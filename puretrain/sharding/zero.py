@@ -25,7 +25,14 @@ from puretrain.optim import Optimizer
 from puretrain.optim.shards import Shards, sharded
 from puretrain.sharding.data_parallel import averaged, ddp
 from puretrain.sharding.placements import Placements, chunk, gather, padded, piece, shard
-from puretrain.sharding.processes import DATA, SHARD, all_gather, device_of, everyone
+from puretrain.sharding.processes import (
+    DATA,
+    SHARD,
+    all_gather,
+    device_of,
+    everyone,
+    new_group,
+)
 from puretrain.sharding.reduction import Reduced, bucketed, group_for_gradients, soon
 from puretrain.state import TrainState, address
 from puretrain.step import Across, Passage
@@ -379,7 +386,7 @@ def _another_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """A new group of the processes that have the shards of one copy; all processes call this."""
     mine: Any = None
     for ranks in mesh.mesh.tolist():
-        group = dist.new_group(ranks)
+        group = new_group(ranks)
         mine = group if mesh.get_rank() in ranks else mine
     return cast(dist.ProcessGroup, mine)
 
