@@ -21,6 +21,7 @@ from puretrain import random
 from puretrain.errors import ConfigurationError, DataError, LossError, TransformError
 from puretrain.loop import Event, Reducer
 from puretrain.optim import Schedule, schedule_value
+from puretrain.reducers import memory_of
 from puretrain.state import TrainState
 from puretrain.step import Aux, Loss, check_choice
 from puretrain.tree import (
@@ -601,7 +602,7 @@ def noise_scale(
         if event.step % every or event.size < 2:
             return state
         found = statistics(gradients(loss, state, event.batch, chunk_size=chunk_size))
-        memory: NoiseScale = _memory(state, name)
+        memory: NoiseScale = memory_of(state, name)
         square = decay * memory.square + (1 - decay) * found.square.double().cpu()
         variance = decay * memory.variance + (1 - decay) * found.variance.double().cpu()
         count = memory.count + 1
@@ -683,7 +684,7 @@ def influence(
     def reduce(state: S, event: Event) -> S:
         if event.step % every:
             return state
-        memory: Influence = _memory(state, name)
+        memory: Influence = memory_of(state, name)
         one, other = (
             gradients(loss, state, batch, chunk_size=chunk_size) for batch in (examples, targets)
         )
@@ -697,16 +698,6 @@ def influence(
         return Influence(scores, torch.zeros((), dtype=torch.int64))
 
     return Reducer(reduce, name, init, on=("step",))
-
-
-def _memory(state: TrainState, name: str) -> Any:
-    try:
-        return state.reducers[name]
-    except KeyError:
-        raise ConfigurationError(
-            f"the state has no memory of the reducer {name!r}: call "
-            "`state = puretrain.prepare(state, reducers)` before the first event"
-        ) from None
 
 
 def _check_every(who: str, every: Any) -> None:

@@ -139,7 +139,7 @@ def ema(
     _check_count("every of ema", every)
 
     def reduce(state: S, event: Event) -> S:
-        memory: Average = _memory(state, name)
+        memory: Average = memory_of(state, name)
         updates = int(state.updates)
         # At the end of an epoch as well: the flush of waiting gradients is an update without a step
         if updates == int(memory.updates) or updates % every:
@@ -202,7 +202,7 @@ def swa(
         since = (event.epoch if start_step is None else event.step) - start
         if since < 0 or since % every:
             return state
-        memory: Average = _memory(state, name)
+        memory: Average = memory_of(state, name)
         return _move(state, name, memory, 1.0 / (int(memory.count) + 1), event.donate)
 
     return Reducer(reduce, name, lambda state: _first_average(state, buffers), (kind,))
@@ -374,7 +374,7 @@ def early_stopping(
     margin = min_delta if mode == "min" else -min_delta
 
     def reduce(state: S, event: Event) -> S:
-        memory: Stopping = _memory(state, name)
+        memory: Stopping = memory_of(state, name)
         value = _monitored(name, monitor, state, event, memory.checks)
         if value is None:
             return state
@@ -547,7 +547,7 @@ def reduce_on_plateau(
         return new if value - new > eps else value
 
     def reduce(state: S, event: Event) -> S:
-        memory: Plateau = _memory(state, name)
+        memory: Plateau = memory_of(state, name)
         value = _monitored(name, monitor, state, event, memory.checks)
         if value is None:
             return state
@@ -651,7 +651,7 @@ def best_k(monitor: str, k: int = 1, *, mode: Mode = "min", name: str = "best_k"
     _check_count("k of best_k", k)
 
     def reduce(state: S, event: Event) -> S:
-        memory: Best = _memory(state, name)
+        memory: Best = memory_of(state, name)
         value = _monitored(name, monitor, state, event, memory.checks)
         if value is None:
             return state
@@ -673,7 +673,12 @@ def best_k(monitor: str, k: int = 1, *, mode: Mode = "min", name: str = "best_k"
 # ── Details ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _memory(state: TrainState, name: str) -> Any:
+def memory_of(state: TrainState, name: str) -> Any:
+    """What a state remembers for a reducer.
+
+    Raises:
+        ConfigurationError: nothing; the state was not prepared for the reducer.
+    """
     try:
         return state.reducers[name]
     except KeyError:
