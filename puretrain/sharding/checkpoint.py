@@ -42,6 +42,7 @@ from puretrain.checkpoint.structure import Content, arrange, flatten
 from puretrain.errors import CheckpointError, ConfigurationError, PuretrainError
 from puretrain.loop import Observer
 from puretrain.observers.checkpoints import Ways, observer
+from puretrain.sharding.placements import chunk
 from puretrain.tree import (
     path_string,
     tensor_bytes,
@@ -87,17 +88,6 @@ def _dim_of(placements: Placements | Mapping[str, Placement], path: str, ndim: i
             "Replicate(), or Shard(dim) of one of them"
         )
     return placement.dim % ndim
-
-
-def _chunk(size: int, count: int, number: int) -> tuple[int, int]:
-    """Where one of the chunks of :func:`torch.chunk` begins, and how long it is.
-
-    >>> [_chunk(5, 4, i) for i in range(4)]
-    [(0, 2), (2, 2), (4, 1), (5, 0)]
-    """
-    length = -(-size // count)
-    start = min(number * length, size)
-    return start, min(length, size - start)
 
 
 # ── Saving ────────────────────────────────────────────────────────────────────────────────────────
@@ -283,7 +273,7 @@ def _totals(
     for number, leaf in enumerate(leaves):
         total = sum(lengths[representative[coordinate]][number] for coordinate in range(count))
         for rank, coordinate in enumerate(coordinates):
-            if lengths[rank][number] != _chunk(total, count, coordinate)[1]:
+            if lengths[rank][number] != chunk(total, count, coordinate)[1]:
                 found = [lengths[rank][number] for rank in range(len(coordinates))]
                 raise CheckpointError(
                     f"{name}: {path_string(leaf.entry.keys)} is sharded along dimension {leaf.dim} "
@@ -322,7 +312,7 @@ def _write_own(
         if leaf.dim is not None and not leaf.is_apart and peers[0] == talk.rank:
             small.append([number, coordinate, bytes(tensor_bytes(_tensor(leaf)))])
         elif leaf.dim is not None and leaf.is_apart and leaf.length:
-            start, length = _chunk(leaf.entry.shape[leaf.dim], count, coordinate)
+            start, length = chunk(leaf.entry.shape[leaf.dim], count, coordinate)
             nbytes = leaf.nbytes // leaf.entry.shape[leaf.dim] * length
             sharded.append(_Unit(number, leaf.dim, start, length, nbytes))
         elif leaf.dim is None and leaf.is_apart:
@@ -336,7 +326,7 @@ def _write_own(
     pieces = []
     for unit in own:
         leaf = leaves[unit.number]
-        offset = 0 if leaf.dim is None else _chunk(leaf.entry.shape[leaf.dim], count, coordinate)[0]
+        offset = 0 if leaf.dim is None else chunk(leaf.entry.shape[leaf.dim], count, coordinate)[0]
         tensor = _tensor(leaf).narrow(unit.dim, unit.start - offset, unit.length)
         entry = leaf.entry.replace(
             shape=tuple(tensor.shape), nbytes=unit.nbytes, checksum=digest(tensor), shared=True
@@ -370,7 +360,7 @@ def _share(
     for unit in units:
         count = min(math.ceil(unit.nbytes / fair), unit.length, max(_MAX_PIECES // already, 1))
         for number in range(count):
-            start, length = _chunk(unit.length, count, number)
+            start, length = chunk(unit.length, count, number)
             if length:
                 nbytes = unit.nbytes // unit.length * length
                 cut.append(_Unit(unit.number, unit.dim, unit.start + start, length, nbytes))
@@ -504,7 +494,7 @@ def _load(
             """Which slice of a leaf of the file this process has: dimension, start, length."""
             shape = shapes[name]
             dim = _dim_of(placements, name, len(shape)) if shape else None
-            return None if dim is None else (dim, *_chunk(shape[dim], count, coordinate))
+            return None if dim is None else (dim, *chunk(shape[dim], count, coordinate))
 
         def whole(keys: Any, leaf: Any) -> Any:
             """The template of the whole leaf, if the own shard has the shape of the template."""
