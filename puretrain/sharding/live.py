@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puretrain.errors import StructureError
-from puretrain.sharding.reduction import _buckets
+from puretrain.sharding.reduction import buckets_of
 
 __all__ = ["AveragedGradients", "send_to_all"]
 
@@ -32,9 +32,7 @@ class _Sending:
         group: dist.ProcessGroup,
         leaves: Sequence[Tensor],
         bucket_bytes: int,
-        *,
-        weight: float = 1.0,
-        marked: bool = False,
+        weight: float,
     ) -> None:
         """Put leaves into buckets.
 
@@ -43,11 +41,9 @@ class _Sending:
             leaves: what the gradients are of.
             bucket_bytes: the size at which a bucket is full.
             weight: what the gradients are multiplied with before they leave.
-            marked: send along which leaves have a gradient, for :meth:`finish` to say which have
-                one anywhere.
         """
-        self.buckets = _buckets(leaves, bucket_bytes)
-        self._group, self._weight, self._marked = group, weight, marked
+        self.buckets = buckets_of(leaves, bucket_bytes)
+        self._group, self._weight = group, weight
         self._count = len(leaves)
         self._filled: dict[int, Tensor] = {}
         self._works: list[tuple[dist.Work, Tensor]] = []
@@ -62,10 +58,8 @@ class _Sending:
         ]
         if all(grad is not None for grad in grads):
             self._whole.add(number)
-        if self._marked:
-            pieces.append(like[0].new_tensor([grad is not None for grad in grads]))
-        flat = torch.cat(pieces)
-        self._filled[number] = flat if self._weight == 1.0 else flat.mul_(self._weight)
+        pieces.append(like[0].new_tensor([grad is not None for grad in grads]))
+        self._filled[number] = torch.cat(pieces).mul_(self._weight)
         while len(self._works) in self._filled:
             flat = self._filled.pop(len(self._works))
             work = dist.all_reduce(flat, group=self._group, async_op=True)
@@ -74,23 +68,22 @@ class _Sending:
     def finish(self) -> list[Tensor | None]:
         """Send what has not been filled as zeros, wait, and give the sum for each leaf.
 
-        The sum is None for a leaf that has a gradient in no process, if that was asked for.
+        The sum is None for a leaf that has a gradient in no process.
         """
-        for number in range(len(self._works), len(self.buckets)):
-            if number >= len(self._works) and number not in self._filled:
-                self.fill(number, [None] * len(self.buckets[number].numbers))
+        while len(self._works) < len(self.buckets):  # the next bucket has not been filled
+            number = len(self._works)
+            self.fill(number, [None] * len(self.buckets[number].numbers))
         summed: list[Tensor | None] = [None] * self._count
         for number, ((work, flat), bucket) in enumerate(
             zip(self._works, self.buckets, strict=True)
         ):
             work.wait()
             sizes = [leaf.numel() for leaf in bucket.like]
-            pieces = torch.split(flat, [*sizes, len(sizes)] if self._marked else sizes)
+            *pieces, marks = torch.split(flat, [*sizes, len(sizes)])
             # What is here is somewhere: there is no need to look, and to wait for a device.
-            look = self._marked and number not in self._whole
-            there = pieces[-1].tolist() if look else [1.0] * len(sizes)
+            there = [1.0] * len(sizes) if number in self._whole else marks.tolist()
             for i, leaf, piece, seen in zip(
-                bucket.numbers, bucket.like, pieces, there, strict=False
+                bucket.numbers, bucket.like, pieces, there, strict=True
             ):
                 if seen:
                     summed[i] = torch.empty_like(leaf).copy_(piece.view(leaf.shape))
@@ -158,9 +151,7 @@ class AveragedGradients:
     def _begin(self) -> _Sending:
         numbers = [i for i, p in enumerate(self.parameters) if p.requires_grad]
         self._leaves = [self.parameters[i] for i in numbers]
-        sending = _Sending(
-            self._group, self._leaves, self._bucket_bytes, weight=self._weight, marked=True
-        )
+        sending = _Sending(self._group, self._leaves, self._bucket_bytes, self._weight)
         self._place = {
             numbers[leaf]: (bucket, place)
             for bucket, content in enumerate(sending.buckets)

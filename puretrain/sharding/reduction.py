@@ -100,7 +100,7 @@ def bucketed(
         launch()
 
     def into(leaves: list[Tensor]) -> list[Tensor]:
-        buckets.extend(_buckets(leaves, bucket_bytes))
+        buckets.extend(buckets_of(leaves, bucket_bytes))
         present.extend([False] * len(leaves))
         passed = list(leaves)
         for number, bucket in enumerate(buckets):
@@ -180,7 +180,7 @@ def soon(outputs: Sequence[Tensor]) -> None:
 _FIRST = 2**64 - 1  # the number that leaves have
 
 
-def _buckets(leaves: Sequence[Tensor], bucket_bytes: int) -> list[_Bucket]:
+def buckets_of(leaves: Sequence[Tensor], bucket_bytes: int) -> list[_Bucket]:
     """Leaves by dtype and device, from the last to the first, cut where a bucket is full."""
     open_buckets: dict[Any, tuple[_Bucket, int]] = {}
     buckets: list[_Bucket] = []
