@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -293,24 +293,15 @@ def _weighted(weight: float) -> Passage:
     return Passage(list, lambda grads: grads, weight)
 
 
-def _part_of_key(key: Tensor | None, number: int, parts: int) -> Any:
+@contextmanager
+def _part_of_key(key: Tensor | None, number: int, parts: int) -> Iterator[Tensor | None]:
     """A context in which torch's generators, and the key that it gives, are those of a part."""
     if key is None or parts == 1:
-        return nullcontext(key)
-    return _Scope(random.fold_in(key, number))
-
-
-class _Scope:
-    def __init__(self, key: Tensor) -> None:
-        self._key = key
-        self._scope = random.scope(key)
-
-    def __enter__(self) -> Tensor:
-        self._scope.__enter__()
-        return self._key
-
-    def __exit__(self, *error: Any) -> None:
-        self._scope.__exit__(*error)
+        yield key
+        return
+    own = random.fold_in(key, number)
+    with random.scope(own):
+        yield own
 
 
 def _in_parts(
