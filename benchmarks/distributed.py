@@ -33,9 +33,8 @@ TASKS = {
 }
 
 
-def raw(task, batches, total):
-    """The loop that one would write with torch's own engine."""
-    model = DistributedDataParallel(task.module())
+def raw(model, batches):
+    """The loop that one would write around a module of torch's own engine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def loop():
@@ -49,24 +48,12 @@ def raw(task, batches, total):
     return loop
 
 
-def fully_sharded(task, batches, mesh):
-    """The same with torch's FSDP: parameters, gradients and optimizer in shards, layer by layer."""
-    model = task.module()
+def fully_sharded(model, mesh):
+    """The module under torch's FSDP: parameters, gradients and optimizer in shards, by layer."""
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh["shard"])
-    fully_shard(model, mesh=mesh["shard"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def loop():
-        for x, y in batches:
-            loss = cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return len(batches)
-
-    return loop
+    return fully_shard(model, mesh=mesh["shard"])
 
 
 def zero(task, batches, mesh, stage):
@@ -142,13 +129,13 @@ def measure(options):
             two = parts(task, options.steps, 2, rank, shards)
             sharding = pt.sharding
             contenders = {
-                "DistributedDataParallel": raw(task, mine, world_size),
+                "DistributedDataParallel": raw(DistributedDataParallel(task.module()), mine),
                 "across=ddp(mesh)": ours(task, one, sharding.ddp(mesh)),
                 f"across=elastic(mesh, {world_size})": ours(
                     task, one, sharding.elastic(mesh, world_size)
                 ),
                 f"across=elastic(mesh, {shards})": ours(task, two, sharding.elastic(mesh, shards)),
-                "fully_shard (FSDP) of torch": fully_sharded(task, mine, mesh),
+                "fully_shard (FSDP) of torch": raw(fully_sharded(task.module(), mesh), mine),
             }
             for stage in (1, 2, 3):
                 contenders[f"zero(mesh, stage={stage})"] = zero(task, one, mesh, stage)
