@@ -27,6 +27,7 @@ from puretrain.errors import (
 )
 from puretrain.loop import Event, Kind, Reducer, as_reducer
 from puretrain.optim import Optimizer, get_hyperparams, set_hyperparams
+from puretrain.optim.leafwise import ONE
 from puretrain.optim.members import update_members
 from puretrain.reducers import Average
 from puretrain.state import TrainState
@@ -405,10 +406,9 @@ def ensemble_step(
             still |= bad
         if still and tree_leaves(buffers):
             buffers = _with_rows(buffers, state.buffers, still)
-        step_count, updates = torch._foreach_add([state.step, state.updates], 1)
         changes = {
-            "step": step_count,
-            "updates": updates,
+            "step": state.step + ONE,
+            "updates": state.updates + ONE,
             "skipped": skipped,
             "buffers": buffers,
             "metrics": metrics,

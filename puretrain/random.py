@@ -86,11 +86,20 @@ def step_key(key: Tensor, step: int) -> Tensor:
 
     It computes the keys of some steps together and remembers them, which makes each cheaper.
     """
+    return _step_key(key, step)[0]
+
+
+def step_scope(key: Tensor, step: int) -> scope:
+    """The same as ``scope(step_key(key, step))``, without making a seed of the key each time."""
+    return scope(*_step_key(key, step))
+
+
+def _step_key(key: Tensor, step: int) -> tuple[Tensor, int]:
+    """The key of a step, and the seed that it makes."""
     high, low = key.tolist()
-    keys: tuple[Tensor, ...] = _block(high, low, step // _BLOCK)
-    found = keys[step % _BLOCK]
+    found, seed = _block(high, low, step // _BLOCK)[step % _BLOCK]
     # A loss that changes its key in place must not change that of a later run of the same step.
-    return found if found._version == 0 else fold_in(key, step)
+    return (found if found._version == 0 else fold_in(key, step)), seed
 
 
 def member_step_keys(keys: Tensor, step: int) -> Tensor:
@@ -113,9 +122,11 @@ def _member_block(words: tuple[int, ...], number: int) -> tuple[Tensor, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _block(high: int, low: int, number: int) -> tuple[Tensor, ...]:
+def _block(high: int, low: int, number: int) -> tuple[tuple[Tensor, int], ...]:
     steps = torch.arange(number * _BLOCK, (number + 1) * _BLOCK)
-    return fold_in(torch.tensor([high, low]), steps).unbind()
+    keys = fold_in(torch.tensor([high, low]), steps)
+    seeds = [first << 32 | second for first, second in keys.tolist()]
+    return tuple(zip(keys.unbind(), seeds, strict=True))
 
 
 def split(key: Tensor, number: int = 2) -> Tensor:
@@ -166,23 +177,25 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
     True
     """
 
-    __slots__ = ("_before", "_key", "_members")
+    __slots__ = ("_before", "_key", "_members", "_seed")
 
-    def __init__(self, key: Tensor) -> None:
+    def __init__(self, key: Tensor, _seed: int | None = None) -> None:
         self._before: list[tuple[torch.Generator, Tensor]] = []
         self._members: Any = None
         self._key = key
+        self._seed = _seed
 
-    def __enter__(self) -> None:
-        if torch.compiler.is_compiling() and _seeded:
-            return
-        seed = _seed(self._key)
-        drawing = getattr(_local, "drawing", None)
+    def __enter__(self) -> Tensor:
+        if _seeded and torch.compiler.is_compiling():
+            return self._key
+        seed = _seed(self._key) if self._seed is None else self._seed
+        drawing = _local.drawing
         if drawing is not None:
             self._members = drawing, drawing.enter(self._key)
         self._before = [(generator, generator.get_state()) for generator in generators()]
         for generator, _ in self._before:
             generator.manual_seed(seed)
+        return self._key
 
     def __exit__(
         self,
@@ -204,7 +217,13 @@ class scope:  # noqa: N801  # to its callers a function; a class is the quickest
 # it: below vmap, where the members are rows of one tensor, each drawing operation is done for one
 # member after the other.
 
-_local = threading.local()  # .drawing: the innermost scope of members of this thread
+
+class _Local(threading.local):
+    drawing: Any = None
+    """The innermost scope of members of this thread."""
+
+
+_local = _Local()
 
 
 class _Watch:
@@ -228,7 +247,7 @@ def watch() -> Iterator[_Watch]:
     found = _Watch()
     there = generators()
     before = [generator.get_state() for generator in there]
-    outer, _local.drawing = getattr(_local, "drawing", None), found
+    outer, _local.drawing = _local.drawing, found
     try:
         yield found
     finally:
@@ -253,7 +272,7 @@ def member_scope(keys: Tensor) -> Iterator[None]:
     _check(keys)
     with scope(keys[0]):
         drawing = _MemberDraws(keys)
-        outer, _local.drawing = getattr(_local, "drawing", None), drawing
+        outer, _local.drawing = _local.drawing, drawing
         try:
             with drawing:
                 yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -137,7 +137,7 @@ class TrainState(Record):
         new = super().replace(**changes)
         made: _Made | None = self.__dict__.get("_made")
         if made is not None and changes.keys().isdisjoint(_OVERWRITABLE):
-            new.__dict__["_made"] = made._replace(apart=made.apart - changes.keys())
+            new.__dict__["_made"] = _Made(made.containers, made.apart.difference(changes))
         return new
 
     @classmethod
@@ -394,16 +394,15 @@ def give_up(donation: Donation, new: TrainState | None) -> None:
 
     Without a new state: the step failed on the way, when some may have been overwritten.
     """
-    kept: set[int] = set()
     reason: Reason = "a step with donate=True failed while it overwrote the state"
+    kept: set[int] = set()
     if new is not None:
         step = new.step
         reason = lambda: f"step {int(step)} was computed with donate=True"  # noqa: E731
-        kept.add(id(new))
         found = _survey(new, _OVERWRITABLE)
         for node in found.containers:
-            kept.add(id(node))
             _mark_owned(node)
+        kept = {id(new), *map(id, found.containers)}
         if found.all_inside:  # what the rest held of it has been copied
             new.__dict__["_made"] = _Made(found.containers, _doubtful(new._names))
     for node in donation.used_up:
@@ -429,9 +428,13 @@ def claim(new: TrainState, old: TrainState) -> None:
             _mark_owned(node)
 
 
-def memory(tensors: Iterable[Tensor]) -> set[int]:
+def memory(tensors: Collection[Tensor]) -> set[int]:
     """Where the storages of tensors begin; two tensors share memory if these are the same."""
-    return set(map(address, tensors))
+    try:  # this is in every step several times
+        found = {x.data_ptr() - int(x.storage_offset()) * x.itemsize for x in tensors}
+    except (NotImplementedError, RuntimeError, TypeError):
+        found = {0}
+    return set(map(address, tensors)) if 0 in found else found
 
 
 def address(tensor: Tensor) -> int:

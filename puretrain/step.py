@@ -21,6 +21,7 @@ from puretrain.errors import (
     TransformError,
 )
 from puretrain.optim import Optimizer
+from puretrain.optim.leafwise import ONE
 from puretrain.state import (
     Accumulator,
     LossScale,
@@ -276,10 +277,10 @@ def train_step(
         if not draws:
             return advance(state, batch, None, donate, tracing)
         if tracing:
-            key = random.fold_in(state.key, state.step)
+            drawing = random.scope(random.fold_in(state.key, state.step))
         else:
-            key = random.step_key(state.key, int(state.step))
-        with random.scope(key):
+            drawing = random.step_scope(state.key, int(state.step))
+        with drawing as key:
             return advance(state, batch, key, donate, tracing)
 
     def evaluated(
@@ -309,13 +310,8 @@ def train_step(
             finite = _all_finite(result, tracing)
             if nonfinite == "raise":
                 _raise_unless(finite if scale is None else result.loss.isfinite(), given, result)
-        if tracing or accumulate > 1 or finite is not True:
-            counts = {"step": given.step + 1}
-        else:  # in one call: on small tensors a call costs more than what it does
-            step_count, updates = torch._foreach_add([given.step, given.updates], 1)
-            counts = {"step": step_count, "updates": updates}
         counted = {
-            **counts,
+            "step": given.step + ONE,
             "metrics": result.metrics,
             "loss_scale": _rescale(scale, finite),
         }
@@ -337,7 +333,7 @@ def train_step(
             return _choose(
                 finite,
                 lambda: from_finite(state, donate),
-                lambda: state.replace(**counted, skipped=state.skipped + 1),
+                lambda: state.replace(**counted, skipped=state.skipped + ONE),
             )
 
         return hand_over(given, with_accumulator(given), following, donate, tracing)
@@ -349,9 +345,8 @@ def train_step(
             accumulator = accumulator.replace(
                 count=torch.zeros_like(accumulator.count), seen=torch.zeros_like(accumulator.seen)
             )
-        updates = changes["updates"] if "updates" in changes else state.updates + 1
         new = {"params": params, "opt_state": opt_state, "accumulator": accumulator}
-        return state.replace(**(changes | new | {"updates": updates}))
+        return state.replace(**(changes | new | {"updates": state.updates + ONE}))
 
     def with_accumulator(state: S) -> S:
         if accumulate == 1 or isinstance(state.accumulator, Accumulator):
@@ -505,7 +500,7 @@ def evaluate_loss(
             differentiated, (value, aux) = scaled_loss(inputs)
             if not differentiated.requires_grad:
                 raise LossError(_INDEPENDENT)
-            grads = torch.autograd.grad(differentiated, inputs, allow_unused=True)
+            grads = backward(differentiated, inputs)
             if passage is not None:
                 grads = passage.out(grads)
         if versions != _versions(watched):
@@ -530,9 +525,28 @@ def evaluate_loss(
     return Gradients(value, buffers, frozen_dict(metrics, metrics.values()), grads, as_tree)
 
 
+_ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+
+
+def backward(loss: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients of a loss, as ``torch.autograd.grad(loss, inputs, allow_unused=True)``.
+
+    What that does around torch's engine costs a small model a tenth of its step. It serves other
+    kinds of tensors, and devices whose part of the graph runs in a thread of its own.
+    """
+    if _ENGINE is None or loss.device.type != "cpu" or {*map(type, (loss, *inputs))} != {Tensor}:
+        return torch.autograd.grad(loss, inputs, allow_unused=True)
+    first = (torch.ones_like(loss),)
+    return cast(
+        "tuple[Tensor | None, ...]",
+        # keeps no graph, makes no graph, and allows inputs without a gradient
+        _ENGINE.run_backward((loss,), first, False, False, (*inputs,), True, accumulate_grad=False),
+    )
+
+
 def _leaves(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The leaves of the parameters, and the function that makes such a tree out of leaves."""
-    if type(params) is FrozenDict and {*map(type, params.values())} == {Tensor}:
+    if type(params) is FrozenDict and {*map(type, params.values())} == _ONLY_TENSORS:
         names = params.keys()  # the usual kind, which is much quicker to do by hand
         return list(params.values()), lambda leaves: frozen_dict(names, leaves)
     leaves, structure = tree_flatten(params)
@@ -630,9 +644,14 @@ def _changed_in_place(
     )
 
 
+_ONLY_TENSORS = {Tensor}
+
+
 def _tensors(tree: Any) -> list[Tensor]:
-    if type(tree) is tuple and {*map(type, tree)} == {Tensor}:
+    if type(tree) is tuple and {*map(type, tree)} == _ONLY_TENSORS:
         return list(tree)  # the usual batch, and quicker
+    if type(tree) is FrozenDict and {*map(type, tree.values())} <= _ONLY_TENSORS:
+        return list(tree.values())  # the usual buffers
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -606,6 +606,30 @@ def test_metrics_and_buffers_do_not_change_with_what_they_were_taken_from(view, 
         assert torch.equal(tree["batch"], view(torch.tensor([5.0, 6.0])))
 
 
+class Named(torch.Tensor):
+    """A kind of tensor of somebody else's."""
+
+
+def test_parameters_of_another_kind_have_the_gradients_of_plain_ones():
+    def loss(params, buffers, batch, key):
+        return (params["w"] * batch).sin().sum()
+
+    optimizer = pt.optim.sgd(0.5)
+    step = pt.train_step(loss, optimizer)
+    batch = torch.linspace(-2, 2, 5)
+    after = {}
+    for kind in (torch.Tensor, Named):
+        params = {"w": torch.arange(5.0).as_subclass(kind), "unused": torch.ones(2)}
+        state = pt.TrainState.create(params, None, optimizer, key=pt.random.key(0))
+        after[kind] = step(state, batch)
+        assert type(after[kind].params["w"]) is kind
+        assert torch.equal(after[kind].params["unused"], torch.ones(2))
+    w = torch.arange(5.0, requires_grad=True)
+    (slope,) = torch.autograd.grad((w * batch).sin().sum(), w)
+    for state in after.values():
+        assert torch.equal(state.params["w"].as_subclass(torch.Tensor), w.detach() - 0.5 * slope)
+
+
 def test_a_loss_that_is_a_parameter():
     step = train_step(lambda params, buffers, batch, key: params["w"], pt.optim.sgd(1.0))
     state, losses = linear_state(), []

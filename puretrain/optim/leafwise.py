@@ -9,7 +9,9 @@ plain tensors a *kernel*, if there is one, computes the same in place: one of to
 from __future__ import annotations
 
 import functools
+import math
 import numbers
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -259,19 +261,15 @@ def _update(
         leaves, columns, rows = _by_formula(
             method, gradients, leaves, columns, rows, h, _replaced, None
         )
-        count = state.count + _ONE
+        count = state.count + ONE
     else:
-        direct = (
-            known is not None
-            and known.direct
-            and donate
-            and all(map(Tensor.is_contiguous, gradients))
-            and not any(x.requires_grad for x in gradients)
-        )
+        direct = known is not None and known.direct and donate
+        direct = direct and all(map(Tensor.is_contiguous, gradients))
         if direct:
             count = state.count
-            # in one call: on small tensors a call costs more than what it does
-            torch._foreach_add_([count, rows["step"]] if "step" in rows else [count], 1)
+            count.add_(ONE)
+            if "step" in rows:
+                rows["step"].add_(ONE)
             cast(Kernel, method.fused_kernel)(leaves, cast(Column, gradients), columns, rows, h)
         else:
             with torch.no_grad():
@@ -280,7 +278,7 @@ def _update(
                     columns = [[x.clone() for x in column] for column in columns]
                     rows = {vector: row.clone() for vector, row in rows.items()}
                 _in_place(method, gradients, leaves, columns, rows, h, _norms(method, params))
-                count = state.count.add_(_ONE) if donate else state.count + _ONE
+                count = state.count.add_(ONE) if donate else state.count + ONE
     if known is not None:
         names = params._items
         new_params: Any = frozen_dict(names, leaves)
@@ -323,7 +321,7 @@ def _update_together(
         param, *slots = entries.columns
         if entries.direct and all(map(Tensor.is_contiguous, slopes)):
             if "step" in part:
-                part["step"].add_(_ONE)
+                part["step"].add_(ONE)
             cast(Kernel, method.fused_kernel)(param, slopes, slots, part, h)
         else:
             _in_place(method, cast("list[Tensor | None]", slopes), param, slots, part, h)
@@ -335,7 +333,7 @@ def _update_together(
     for vector, row in rows.items():
         row.copy_(torch.tensor(kept[vector], dtype=row.dtype))
     if len(active) == len(methods):
-        state.count.add_(_ONE)
+        state.count.add_(ONE)
     else:
         state.count[list(active)] += 1
     return _put_together(first, split, state, params)
@@ -535,8 +533,8 @@ class _Known(NamedTuple):
     params: weakref.ReferenceType[FrozenDict[Tensor]]
     leaves: Column
     columns: list[Column]
-    kinds: list[tuple[Any, Any]]
-    """The shape and dtype of each leaf."""
+    kinds: list[tuple[Any, ...]]
+    """What :data:`_traits` says of each leaf, and of its gradient."""
     direct: bool
     """Whether the fused kernel takes all leaves and what is kept for them as they are."""
 
@@ -549,13 +547,13 @@ def _known(method: _Method, grads: Any, state: Any, params: Any) -> _Known | Non
         return None
     if type(grads) is not FrozenDict or [*grads._items] != [*own._items]:
         return None
-    there = grads._items.values()
     try:
-        if [(x.shape, x.dtype) for x in there] != known.kinds:
-            return None
+        return known if [*map(_traits, grads._items.values())] == known.kinds else None
     except AttributeError:  # a leaf without a gradient
         return None
-    return None if any(x.layout is not torch.strided for x in there) else known
+
+
+_traits = operator.attrgetter("shape", "dtype", "layout", "requires_grad")
 
 
 def _remember(
@@ -577,7 +575,7 @@ def _remember(
             and not any(x.requires_grad for x in chain(leaves, *columns))
             and len({(x.device, x.dtype) for x in leaves}) <= 1
         )
-        kinds = [(x.shape, x.dtype) for x in leaves]
+        kinds = [*map(_traits, leaves)]
     else:
         kinds, direct = known.kinds, known.direct
     state.__dict__["_known"] = _Known(method, weakref.ref(params), leaves, columns, kinds, direct)
@@ -614,13 +612,13 @@ def _in_place(
             continue
         if len(places) == len(grads):
             if "step" in rows:
-                rows["step"].add_(_ONE)
+                rows["step"].add_(ONE)
             kernel(params, cast(Column, grads), columns, rows, h)
         else:
             index = torch.tensor(places)
             part = {vector: row[index.to(row.device)] for vector, row in rows.items()}
             if "step" in part:
-                part["step"].add_(_ONE)
+                part["step"].add_(ONE)
             kernel(
                 [params[i] for i in places],
                 [cast(Tensor, grads[i]) for i in places],
@@ -780,12 +778,24 @@ def each(row: Tensor) -> Column:
     return list(row.unbind())
 
 
+def power(base: float | Tensor, exponent: Tensor) -> Tensor:
+    """``base ** exponent``, which a compiled step computes once instead of for each element.
+
+    The compiler moves what is small into the loop over the elements of a leaf, a power as well; it
+    keeps out what has an exponential in it. The two agree to rounding.
+    """
+    if not torch.compiler.is_compiling() or (isinstance(base, float) and base <= 0):
+        return base**exponent
+    log = base.log() if isinstance(base, Tensor) else math.log(base)
+    return (exponent * log).exp()
+
+
 def counts_before(step: Tensor) -> Column:
     """The counts of updates before this one, as tensors that a kernel of torch's may increase."""
     return list((step - 1).cpu().unbind())
 
 
-_ONE = torch.tensor(1)  # adding a tensor is quicker than adding a Python number
+ONE = torch.tensor(1)  # adding a tensor is quicker than adding a Python number
 
 
 def _replaced(old: Tensor, new: Tensor) -> Tensor:
