@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from puretrain import random
 from puretrain.errors import ConfigurationError, TransformError
 from puretrain.state import TrainState, accept, claim, give_up, unreserve
 from puretrain.step import Step, is_watched
 from puretrain.tree import (
+    FrozenDict,
     Record,
-    tree_flatten,
+    frozen_dict,
     tree_leaves,
     tree_map,
-    tree_unflatten,
     under_transform,
 )
 
@@ -160,7 +162,13 @@ def compiled(
         made.append(graph)
         return build(graph, inputs)
 
-    graph: Any = torch.compile(_fresh(_advance), fullgraph=True, dynamic=dynamic, backend=remember)
+    graph: Any = torch.compile(
+        _fresh(_advance),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend=remember,
+        options={"guard_filter_fn": _can_change},
+    )
 
     @functools.wraps(step)
     def run(state: S, batch: Any, /, *, donate: bool = False) -> S:
@@ -208,8 +216,9 @@ def compiled(
             if made:
                 note(time.perf_counter() - begin)
         # Containers of its own, so that those that were given up can be emptied.
-        leaves, structure = tree_flatten({name: getattr(new, name) for name in _OVERWRITTEN})
-        return cast(S, new.replace(**tree_unflatten(structure, leaves)))
+        return cast(
+            S, new.replace(**{n: _with_own_containers(getattr(new, n)) for n in _OVERWRITTEN})
+        )
 
     def note(seconds: float) -> None:
         metrics = torch._dynamo.utils.get_compilation_metrics()
@@ -257,9 +266,33 @@ def _apart(before: list[Any], leaf: Any) -> Any:
     return leaf if any(leaf is other for other in before) else leaf.clone()
 
 
+def _with_own_containers(tree: Any) -> Any:
+    if isinstance(tree, FrozenDict):
+        return frozen_dict(tree.keys(), map(_with_own_containers, tree.values()))
+    if isinstance(tree, Record):
+        children = {name: _with_own_containers(getattr(tree, name)) for name in tree._children}
+        return tree.replace(**children)
+    return tree if isinstance(tree, Tensor) else tree_map(lambda leaf: leaf, tree)
+
+
 def _fresh(function: Any) -> Callable[..., Any]:
     """The same function with code of its own, for torch counts recompilations by the code."""
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+# Before each call torch looks whether what it met while compiling is as it was, which takes longer
+# than a small model's step. Most of that are functions, constants and registered types of these
+# modules, and the classes of objects that were looked at already.
+_CONSTANT = re.compile(
+    r"([\w.]+\()*(type\(|__import__\('torch'\)\.utils\._pytree\b|G\['__import_"
+    r"(puretrain|optree|torch_dot__functorch|torch_dot_utils_dot__pytree|torch_dot_nn_dot_utils"
+    r"|torch_dot__dynamo_dot_polyfills)(_dot_\w+)?'\])"
+)
+
+
+def _can_change(guards: Sequence[Any]) -> list[bool]:
+    """Which of the guards to keep."""
+    return [not _CONSTANT.match(getattr(guard, "name", "")) for guard in guards]
 
 
 def _seed(state: TrainState) -> Any:

@@ -155,6 +155,36 @@ def test_recompiles_are_counted_with_their_reasons():
     assert "size mismatch" in str(report)
 
 
+SCALE = [1.0]
+
+
+def test_what_the_loss_finds_elsewhere_may_change():
+    """Torch looks at what hangs on the user's modules, objects and closures before each call."""
+    options = {"factor": 1.0}
+    module = nn.Dropout(0.5).eval()
+
+    def loss(params, buffers, batch, key):
+        return (module(params["w"]) - SCALE[0] * options["factor"] * batch).pow(2).sum()
+
+    optimizer = pt.optim.sgd(0.25)
+    state = pt.TrainState.create({"w": torch.ones(64)}, None, optimizer, key=pt.random.key(0))
+    eager = pt.train_step(loss, optimizer)
+    step = pt.compiled(eager, backend="aot_eager")
+    batch = torch.ones(64)
+    try:
+        for change in (None, lambda: SCALE.__setitem__(0, 3.0), lambda: options.update(factor=5.0)):
+            if change is not None:
+                change()
+            assert tree_equal(step(state, batch).params, eager(state, batch).params)
+        module.train()
+        dropped = step(state, batch).params
+        assert tree_equal(dropped, eager(state, batch).params)
+        assert len(dropped["w"].unique()) == 2
+    finally:
+        SCALE[0] = 1.0
+    assert len(step.report().graphs) == 4
+
+
 def test_too_many_graphs_are_an_error_that_leaves_the_state():
     optimizer = pt.optim.sgd(0.1)
     state = pt.TrainState.create({"w": torch.zeros(())}, None, optimizer, key=pt.random.key(0))

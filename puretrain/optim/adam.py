@@ -20,6 +20,7 @@ from puretrain.optim.leafwise import (
     decayed,
     each,
     leafwise,
+    power,
     square_root,
     zeros,
 )
@@ -196,7 +197,7 @@ def _adam(
 
     def scalars(h: Values, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = vectors["step"]
-        return {"correction1": 1 - h.beta1**step, "correction2": 1 - h.beta2**step}
+        return {"correction1": 1 - power(h.beta1, step), "correction2": 1 - power(h.beta2, step)}
 
     def formula(param: Tensor, grad: Tensor, /, *slots: Tensor, h: Values) -> tuple[Tensor, ...]:
         mean, square, *largest = slots
@@ -313,7 +314,7 @@ def adamax(
     check_number("adamax", "weight_decay", weight_decay)
 
     def scalars(h: Values, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"correction": 1 - h.beta1 ** vectors["step"]}
+        return {"correction": 1 - power(h.beta1, vectors["step"])}
 
     def formula(param: Tensor, grad: Tensor, /, *slots: Tensor, h: Values) -> tuple[Tensor, ...]:
         mean, largest = slots
@@ -407,7 +408,7 @@ def nadam(
             "mu_product": product,
             "grad_share": (1 - now) / (1 - product),
             "mean_share": ahead / (1 - product * ahead),
-            "correction2": 1 - h.beta2**step,
+            "correction2": 1 - power(h.beta2, step),
         }
 
     def formula(param: Tensor, grad: Tensor, /, *slots: Tensor, h: Values) -> tuple[Tensor, ...]:
@@ -516,9 +517,9 @@ def radam(
 
     def scalars(h: Values, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = vectors["step"]
-        correction2 = 1 - h.beta2**step
+        correction2 = 1 - power(h.beta2, step)
         limit = 2 / (1 - h.beta2) - 1 + 0 * step
-        length = limit - 2 * step * h.beta2**step / correction2
+        length = limit - 2 * step * power(h.beta2, step) / correction2
         known = length > 5
         # What is not chosen below must be finite too, or its derivative would be NaN.
         length, limit = torch.where(known, length, 6.0), torch.where(known, limit, 6.0)
@@ -526,7 +527,7 @@ def radam(
         return {
             "known": known,
             "rectified": (square * correction2) ** 0.5,
-            "correction1": 1 - h.beta1**step,
+            "correction1": 1 - power(h.beta1, step),
         }
 
     def formula(param: Tensor, grad: Tensor, /, *slots: Tensor, h: Values) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from puretrain.optim.base import Optimizer, Schedule, check_betas, check_number, check_rate
-from puretrain.optim.leafwise import Values, leafwise, square_root, zeros
+from puretrain.optim.leafwise import Values, leafwise, power, square_root, zeros
 from puretrain.tree import Record
 
 __all__ = ["LambState", "lamb"]
@@ -75,7 +75,7 @@ def lamb(
 
     def scalars(h: Values, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = vectors["step"]
-        return {"correction1": 1 - h.beta1**step, "correction2": 1 - h.beta2**step}
+        return {"correction1": 1 - power(h.beta1, step), "correction2": 1 - power(h.beta2, step)}
 
     def formula(param: Tensor, grad: Tensor, /, *slots: Tensor, h: Values) -> tuple[Tensor, ...]:
         mean, square = slots
