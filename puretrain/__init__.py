@@ -50,6 +50,7 @@ try:
     )
     from puretrain.explain import explain, explanations
     from puretrain.functional import functional, load_into, rematerialize
+    from puretrain.gradients import Aux
     from puretrain.loop import (
         Event,
         Interrupted,
@@ -75,7 +76,7 @@ try:
     from puretrain.run import Run, command_line, new_directory
     from puretrain.scan import scan
     from puretrain.state import Cursor, TrainState, lease
-    from puretrain.step import Aux, eval_step, train_step
+    from puretrain.step import eval_step, train_step
     from puretrain.tree import FrozenDict, Record, field
     from puretrain.tuning import RangeTest, lr_find
 finally:

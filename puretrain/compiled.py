@@ -14,8 +14,9 @@ from torch import Tensor
 
 from puretrain import random
 from puretrain.errors import ConfigurationError, TransformError
+from puretrain.gradients import is_watched
 from puretrain.state import TrainState, accept, claim, give_up, unreserve
-from puretrain.step import Step, is_watched
+from puretrain.step import Step
 from puretrain.tree import (
     FrozenDict,
     Record,

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from puretrain import random
 from puretrain.errors import ConfigurationError, LossError, StructureError
+from puretrain.gradients import Loss
 from puretrain.per_example import gradients
 from puretrain.state import TrainState
-from puretrain.step import Loss, check_choice
+from puretrain.step import check_choice
 from puretrain.tree import (
     check_same_structure,
     freeze,

@@ -25,24 +25,14 @@ from puretrain.errors import (
     StructureError,
     TransformError,
 )
+from puretrain.gradients import Aux, Loss, Precision, evaluate_loss
 from puretrain.loop import Event, Kind, Reducer, as_reducer
 from puretrain.optim import Optimizer, get_hyperparams, set_hyperparams
 from puretrain.optim.leafwise import ONE
 from puretrain.optim.members import update_members
 from puretrain.reducers import Average
 from puretrain.state import TrainState
-from puretrain.step import (
-    Aux,
-    EvalStep,
-    Loss,
-    NonFinite,
-    Precision,
-    Step,
-    check_choice,
-    eval_step,
-    evaluate_loss,
-    hand_over,
-)
+from puretrain.step import EvalStep, NonFinite, Step, check_choice, eval_step, hand_over
 from puretrain.tree import (
     FrozenDict,
     Record,

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from puretrain import random
 from puretrain.errors import ConfigurationError, DataError, LossError, TransformError
+from puretrain.gradients import Aux, Loss
 from puretrain.loop import Event, Reducer
 from puretrain.optim import Schedule, schedule_value
 from puretrain.reducers import memory_of
 from puretrain.state import TrainState
-from puretrain.step import Aux, Loss, check_choice
+from puretrain.step import check_choice
 from puretrain.tree import (
     FrozenDict,
     Record,

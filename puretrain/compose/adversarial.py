@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puretrain.compose.evaluation import check_between, drawing, pair, value_and_gradient
 from puretrain.errors import ConfigurationError
-from puretrain.step import Loss
+from puretrain.gradients import Loss
 from puretrain.tree import tree_map, under_transform
 
 __all__ = ["fgsm", "pgd"]

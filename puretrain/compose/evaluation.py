@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from puretrain.errors import ConfigurationError, LossError
-from puretrain.step import Aux
+from puretrain.gradients import Aux
 from puretrain.tree import tree_flatten, tree_leaves, tree_unflatten, under_transform
 
 __all__ = ["check_between", "drawing", "pair", "value_and_gradient"]

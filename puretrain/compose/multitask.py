@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puretrain.compose.evaluation import drawing, pair, value_and_gradient
 from puretrain.errors import ConfigurationError
-from puretrain.step import Aux, Loss
+from puretrain.gradients import Aux, Loss
 from puretrain.tree import FrozenDict, tree_leaves
 
 __all__ = ["pcgrad"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from puretrain.compose.evaluation import check_between, pair, value_and_gradient
+from puretrain.gradients import Loss
 from puretrain.optim import global_norm
-from puretrain.step import Loss
 from puretrain.tree import FrozenDict, tree_map
 
 __all__ = ["sam"]

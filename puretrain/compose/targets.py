@@ -10,7 +10,7 @@ from torch import Tensor
 
 from puretrain.compose.evaluation import check_between, drawing
 from puretrain.errors import LossError
-from puretrain.step import Loss
+from puretrain.gradients import Loss
 from puretrain.tree import tree_leaves, tree_map
 
 __all__ = ["label_smoothing", "mixup"]

@@ -13,8 +13,9 @@ from torch.nn.functional import kl_div
 
 from puretrain.compose.evaluation import check_between, pair
 from puretrain.errors import LossError
+from puretrain.gradients import Loss
 from puretrain.state import TrainState
-from puretrain.step import Loss, Step
+from puretrain.step import Step
 from puretrain.tree import FrozenDict, freeze, tree_map
 
 __all__ = ["distillation", "ema_teacher", "with_teacher"]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from puretrain.errors import NonFiniteError, StructureError
+from puretrain.gradients import Gradients, watched
 from puretrain.state import TrainState
-from puretrain.step import Gradients, Step, watched
+from puretrain.step import Step
 from puretrain.tree import path_string, tree_leaves, tree_paths, under_transform
 
 __all__ = ["ActivationNorms", "Explanation", "LeafNorms", "explain"]

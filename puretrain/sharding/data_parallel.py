@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from puretrain import random
 from puretrain.data import Batches, Parts
 from puretrain.errors import ConfigurationError, DataError
+from puretrain.gradients import Across, Evaluate, Gradients, Passage
 from puretrain.loop import as_batches
 from puretrain.optim import GradientTransformation
 from puretrain.sharding.batch_norm import counted
@@ -26,7 +27,7 @@ from puretrain.sharding.reduction import (
     summed_as_tree,
 )
 from puretrain.state import TrainState
-from puretrain.step import Across, EvalStep, Evaluate, Gradients, Passage
+from puretrain.step import EvalStep
 from puretrain.tree import (
     FrozenDict,
     tree_flatten,

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from puretrain.gradients import Passage
 from puretrain.sharding.processes import all_gather, new_group
-from puretrain.step import Passage
 
 __all__ = ["Reduced", "bucketed", "summed_as_tree"]
 
@@ -27,7 +27,7 @@ class Reduced(NamedTuple):
     scope: AbstractContextManager[Any] = nullcontext()
     """In which the loss is evaluated and differentiated."""
     everywhere: Callable[[bool], bool] = bool
-    """See :class:`puretrain.step.Gradients`."""
+    """See :class:`puretrain.gradients.Gradients`."""
 
 
 def group_for_gradients(everyone: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from puretrain.errors import ConfigurationError, StructureError, TransformError
+from puretrain.gradients import Across, Passage
 from puretrain.optim import Optimizer
 from puretrain.optim.shards import Shards, sharded
 from puretrain.sharding.data_parallel import averaged, ddp
@@ -35,7 +36,6 @@ from puretrain.sharding.processes import (
 )
 from puretrain.sharding.reduction import Reduced, bucketed, group_for_gradients, soon
 from puretrain.state import TrainState, address
-from puretrain.step import Across, Passage
 from puretrain.tree import (
     FrozenDict,
     Path,
