@@ -268,12 +268,17 @@ def _apart(before: list[Any], leaf: Any) -> Any:
 
 
 def _with_own_containers(tree: Any) -> Any:
+    if type(tree) is Tensor:
+        return tree
     if isinstance(tree, FrozenDict):
-        return frozen_dict(tree.keys(), map(_with_own_containers, tree.values()))
+        values = tree.values()
+        nested = {*map(type, values)} != {Tensor}
+        return frozen_dict(tree.keys(), map(_with_own_containers, values) if nested else values)
     if isinstance(tree, Record):
-        children = {name: _with_own_containers(getattr(tree, name)) for name in tree._children}
-        return tree.replace(**children)
-    return tree if isinstance(tree, Tensor) else tree_map(lambda leaf: leaf, tree)
+        children = {name: getattr(tree, name) for name in tree._children}
+        own = {name: _with_own_containers(x) for name, x in children.items() if x is not None}
+        return tree.replace(**own)
+    return tree_map(lambda leaf: leaf, tree)
 
 
 def _fresh(function: Any) -> Callable[..., Any]:
@@ -310,7 +315,9 @@ def _backend(backend: Any, mode: str | None, options: Mapping[str, Any] | None) 
         import torch._inductor.compile_fx
         from torch._inductor import list_mode_options
 
-        patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+        # It would look at the shape of each input once more, which torch has done before the call.
+        patches: dict[str, Any] = {"size_asserts": False}
+        patches |= {**(list_mode_options(mode) if mode else {}), **(options or {})}
         return torch._inductor.compile_fx.compile_fx(graph, inputs, config_patches=patches)
 
     return compile_graph
