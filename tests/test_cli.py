@@ -135,7 +135,7 @@ def test_fit_takes_a_variable_and_a_name(place, call):
         (["nowhere.py"], "no file 'nowhere.py'"),
         (["toy.py:nothing"], "has no 'nothing'"),
         (["toy.py:number"], "has a int as 'number'"),
-        (["toy.py:wrong"], "wrong() of toy.py returned a int"),
+        (["toy.py:wrong"], "wrong() of toy.py must return a puretrain.Run, not a value"),
         (["toy.py:demanding"], "--set size=VALUE"),
         (["toy.py", "--set", "rate=1"], "can't take rate"),
         (["toy.py", "--set", "lr=fast"], "lr is of type float, not 'fast'"),
@@ -159,6 +159,57 @@ def test_an_exception_of_the_users_code_keeps_its_traceback(place, call):
     assert (status, out) == (2, "")
     assert "return 1 / 0 if error" in err
     assert err.endswith("ZeroDivisionError: division by zero\n")
+    assert err.splitlines()[1].startswith('  File "toy.py"')  # and none of ours before it
+    assert "puretrain/cli" in call("fit", "toy.py:failing", "--debug")[2]
+
+
+def test_a_file_that_is_no_program_is_shown_where_it_is_not(place, call):
+    (place / "bad.py").write_text("def run(:\n")
+    status, out, err = call("fit", "bad.py")
+    assert (status, out) == (2, "")
+    assert err.startswith('  File "bad.py", line 1\n')
+    assert err.endswith("SyntaxError: invalid syntax\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "invalid choice: 'fitt'"),
+        (["fit", "toy.py", "--foo"], "unknown arguments: --foo (see puretrain fit --help)"),
+        (["fit"], "required: FILE[:NAME] (see puretrain fit --help)"),
+        (["fit", "toy.py", "--epochs", "x"], "--epochs: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(place, call, arguments, message):
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("puretrain: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_without_arguments_there_is_help(call):
+    assert call() == call("--help")
+
+
+def test_a_directory_that_can_t_be_made_is_named(place, call):
+    (place / "file").touch()
+    for observer in ("tensorboard('file/x')", "csv_log('file/x/log.csv')"):
+        (place / "logs.py").write_text(
+            "import puretrain as pt\nfrom toy import run as toy\n\n\ndef run():\n"
+            f"    return toy('runs/x', observe=False)._replace(observers=[pt.{observer}])\n"
+        )
+        status, _, err = call("fit", "logs.py")
+        assert status == 2
+        assert "puretrain: error: the directory file/x can't be made: Not a directory" in err
+
+
+def test_a_run_at_its_end_says_so(place, call):
+    call("fit", "toy.py")
+    status, _, err = call("fit", "toy.py", "--resume")
+    assert status == 0
+    assert "no step was left to take" in err
+    assert "no step" not in call("fit", "toy.py", "--resume", "--epochs", "4")[2]
 
 
 # ── fit --resume ──────────────────────────────────────────────────────────────────────────────────
@@ -414,7 +465,6 @@ def test_help_and_version(call, monkeypatch):
         assert max(map(len, out.splitlines())) <= 80
         assert re.search(r"^  --debug +show the traceback", out, flags=re.MULTILINE)
     assert call("frobnicate")[0] == 2
-    assert call()[0] == 2
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):

@@ -2,7 +2,7 @@
 
 What goes wrong on purpose (a :class:`~puretrain.errors.PuretrainError`) is one line on stderr,
 folded in a terminal, and the exit status 2. An exception of somebody else's code keeps its
-traceback, and is 2 as well.
+traceback, from that person's file on, and is 2 as well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
 
 from puretrain import __version__
 from puretrain.cli import (
@@ -23,7 +25,7 @@ from puretrain.cli import (
     training,
 )
 from puretrain.cli.output import note, one_line
-from puretrain.cli.parsing import Paragraphs
+from puretrain.cli.parsing import Paragraphs, Parser
 from puretrain.errors import PuretrainError
 
 __all__ = ["main"]
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status, 0 when all is well, 1 when checkpoints or runs differ or one is damaged, 2
         after an error, 130 and 143 when Ctrl-C or SIGTERM ended a run.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "puretrain",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -64,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         room.add_commands(commands)
     completing.add_commands(commands, parser)
     given = sys.argv[1:] if arguments is None else [*arguments]
-    options = parser.parse_args(given, argparse.Namespace(arguments=given))
+    options, unknown = parser.parse_known_args(
+        given or ["--help"], argparse.Namespace(arguments=given)
+    )
+    if unknown:  # the command says so, not the parser of them all: its help is what is needed
+        options.parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
         return int(options.run(options))
     except PuretrainError as error:
@@ -75,6 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return 130
-    except Exception:  # noqa: BLE001  # nothing is hidden: it is the end of the program
-        traceback.print_exc()  # and not Python's exit status 1, which says something else here
+    except Exception as error:  # noqa: BLE001  # nothing is hidden: it is the end of the program
+        # Python's exit status would be 1, which says something else here.
+        traceback.print_exception(error if options.debug else _from_the_file(error, options))
     return 2
+
+
+def _from_the_file(error: Exception, options: argparse.Namespace) -> Exception:
+    """The exception without the calls that lead to the user's file, if it comes from there."""
+    target = getattr(options, "target", "")  # FILE or FILE:NAME
+    files = {str(Path(target)), str(Path(target.rpartition(":")[0]))}
+    calls: TracebackType | None = error.__traceback__
+    while calls is not None and calls.tb_frame.f_code.co_filename not in files:
+        calls = calls.tb_next
+    if calls is None and not (isinstance(error, SyntaxError) and error.filename in files):
+        return error
+    return error.with_traceback(calls)

@@ -6,9 +6,20 @@ import argparse
 import itertools
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["Paragraphs", "add_command"]
+from puretrain.cli.output import note
+
+__all__ = ["Paragraphs", "Parser", "add_command"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, and where to read more."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with the message and the exit status 2."""
+        note(f"error: {message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 class Paragraphs(argparse.HelpFormatter):
@@ -50,14 +61,14 @@ def add_command(
     Returns:
         The parser of the command, for its arguments.
     """
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: Parser = commands.add_parser(
         name,
         help=summary,
         description=description,
         epilog=examples,
         formatter_class=Paragraphs,
     )
-    parser.set_defaults(run=run, foreign_code=foreign_code)
+    parser.set_defaults(run=run, parser=parser, foreign_code=foreign_code)
     printing = parser.add_argument_group("printing")  # a group of its own stands at the end
     if json is not None:
         printing.add_argument("--json", action="store_true", help=json)

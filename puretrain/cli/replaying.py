@@ -69,8 +69,10 @@ def add_commands(commands: Any) -> None:
         foreign_code=True,
     )
     replay.add_argument("place", metavar="RUN", help="the directory of the run")
-    replay.add_argument("--from", type=int, default=0, dest="begin", metavar="N", help="after step")
-    replay.add_argument("--to", type=int, dest="end", metavar="M", help="the last step")
+    replay.add_argument(
+        "--from", type=int, default=0, dest="begin", metavar="N", help="begin after step N"
+    )
+    replay.add_argument("--to", type=int, dest="end", metavar="M", help="end after step M")
     replay.add_argument("--file", metavar="FILE[:NAME]", help="what makes the run, as for fit")
     replay.add_argument(
         "--set",
@@ -80,7 +82,9 @@ def add_commands(commands: Any) -> None:
         help="another argument for the function; may be repeated",
     )
     replay.add_argument(
-        "--own-settings", action="store_true", help="threads and flags of this process"
+        "--own-settings",
+        action="store_true",
+        help="compute with the threads and flags of this process, not those of the run",
     )
     part = add_command(
         commands,
@@ -93,8 +97,8 @@ def add_commands(commands: Any) -> None:
     )
     part.add_argument("a", metavar="RUN_A", help="the directory of a run")
     part.add_argument("b", metavar="RUN_B", help="of another")
-    for letter in "ab":
-        part.add_argument(f"--file-{letter}", metavar="FILE[:NAME]", help=f"what makes {letter}")
+    part.add_argument("--file-a", metavar="FILE[:NAME]", help="what makes RUN_A")
+    part.add_argument("--file-b", metavar="FILE[:NAME]", help="what makes RUN_B")
     for parser in (replay, part):
         parser.add_argument("--all", action="store_true", help="show every leaf that differs")
     report = add_command(

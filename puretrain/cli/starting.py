@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from puretrain.cli.output import printable, write, write_json
+from puretrain.cli.output import printable, write, write_json, write_parts
 from puretrain.cli.parsing import add_command
 from puretrain.errors import ConfigurationError
 from puretrain.run import command_line
@@ -55,7 +55,7 @@ def _new(options: argparse.Namespace) -> int:
     if options.json:
         write_json({"directory": directory, "style": options.style, "files": list(files)})
         return 0
-    write(printable(f"made        {directory}: {', '.join(files)}"))
+    write_parts([printable(f"made        {directory}:"), *files], " ")
     inside = os.path.abspath(directory)
     if inside != os.getcwd():
         write(printable(f"go there    {command_line('cd', directory)}"))

@@ -249,8 +249,10 @@ def _train(options: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     with _output(options, mesh):
         run = _load_run(options, mesh)
         last: dict[str, Any] = {}
+        seen: set[str] = set()
 
         def remember(state: Any, event: Event) -> None:
+            seen.add(event.kind)
             if event.kind in ("validation", "epoch_end"):
                 last.update(event.metrics)
 
@@ -279,6 +281,8 @@ def _train(options: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         }
         if signal_number:
             _report_interrupt(signal_number, result)
+        elif "step" not in seen:
+            note("no step was left to take: the run was at its end already")
         if options.json:
             write_json(result)
         elif not signal_number:

@@ -123,8 +123,7 @@ class Explanation(NamedTuple):
         }
         shown = [f"{name} {_number(value)}" for name, value in numbers.items() if value is not None]
         lines = [f"step {self.step}: {', '.join(shown)}"]
-        first = "none: all is finite" if self.nonfinite is None else self.nonfinite
-        lines.append(f"first value that is not finite: {first}")
+        lines.append(f"first value that is not finite: {self.nonfinite or 'none'}")
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def __str__(self) -> str:
@@ -162,7 +161,7 @@ def explain(step: Step, state: TrainState, batch: Any) -> Explanation:
         ...     {"w": torch.ones(4)}, None, optimizer, key=pt.random.key(0))
         >>> print(explain(pt.train_step(loss, optimizer), state, torch.ones(4)))
         step 0: loss 0, gradient 2, parameters 2, update 0.2
-        first value that is not finite: none: all is finite
+        first value that is not finite: none
         leaf  shape  parameter  gradient  update  ratio
         w     4      2          2         0.2     0.1
         >>> explain(pt.train_step(loss, optimizer), state, torch.zeros(4)).nonfinite

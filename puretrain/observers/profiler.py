@@ -10,6 +10,7 @@ import torch
 
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Observer
+from puretrain.observers.folder import make_folder
 
 __all__ = ["profiler"]
 
@@ -97,7 +98,7 @@ class _Profiler:
             profile.stop()
 
     def _write(self, profile: Any) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         name = f"steps_{self._first:08}-{self._last:08}.pt.trace.json"
         profile.export_chrome_trace(str(self._directory / name))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Observer
+from puretrain.observers.folder import make_folder
 from puretrain.observers.scalars import scalars, step_metrics
 
 __all__ = ["csv_log", "jsonl_log"]
@@ -107,7 +108,7 @@ class _Log:
             self._file = None
 
     def _begin(self, state: Any) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         kept = [row for row in self._rows() if _is_past(row, state)]
         self._columns = [*dict.fromkeys(column for row in kept for column in row)]
         self._rewrite(kept)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Observer
+from puretrain.observers.folder import make_folder
 from puretrain.observers.scalars import scalars, step_metrics
 from puretrain.tree import path_string, tree_leaves, tree_map, tree_paths
 
@@ -107,7 +108,7 @@ class _TensorBoard:
     def _open(self, step: int) -> None:
         proto = _protobuf()
         self.close()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         before = sorted(self._directory.glob("*tfevents*"))
         self._start, self._written = step, _tags_at(before, step)
         # Readers take the files in the order of their names.

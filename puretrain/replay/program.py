@@ -172,8 +172,8 @@ def _find(module: ModuleType, name: str | None, path: Path) -> Any:
         runs = [key for key, value in vars(module).items() if isinstance(value, Run)]
         if len(runs) != 1:
             raise ConfigurationError(
-                f"{path} has no `run`, and {len(runs)} variables that are a Run: write a function "
-                "`run()` that returns a puretrain.Run, or name another as FILE:NAME"
+                f"{path} has no `run`, and {len(runs) or 'no'} variables that are a Run: write a "
+                "function `run()` that returns a puretrain.Run, or name another as FILE:NAME"
             )
         name = runs[0]
     name = name or "run"
@@ -210,7 +210,7 @@ def _call(function: Any, arguments: dict[str, Any], path: Path) -> Run:
     made = function(**arguments)
     if not isinstance(made, Run):
         raise ConfigurationError(
-            f"{where} returned a {type(made).__name__}; it must return a puretrain.Run"
+            f"{where} must return a puretrain.Run, not a value of type {type(made).__name__}"
         )
     return made
 
