@@ -43,6 +43,34 @@ def run(directory="runs/a", lr=0.1):
         directory=directory,
     )
 """
+LIGHTNING = """
+import time
+import torch
+import puretrain.lightning as pl
+from torch.utils.data import DataLoader
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.02)
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("a_rather_long_name_of_a_metric", self.layer(batch).mean(), prog_bar=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+loader = DataLoader(torch.ones(64, 2), 8)
+trainer = pl.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, log_every_n_steps=1)
+trainer.fit(Module(), loader, loader)
+trainer.validate(Module(), loader)
+"""
 COMMANDS = [
     "fit train.py",
     "fit train.py --directory runs/b --set lr=0.2 --resume",
@@ -79,11 +107,11 @@ def environment(**given):
     return kept | {"PYTHONPATH": root, "TERM": "xterm-256color"} | given
 
 
-def in_a_terminal(place, lines, **given):
+def in_a_terminal(place, lines, program=PROGRAM, **given):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *lines],
+        [sys.executable, "-c", program, *lines],
         cwd=place,
         env=environment(**given),
         stdin=theirs,
@@ -161,3 +189,21 @@ def test_a_pipe_gets_whole_lines_and_styles_only_when_forced(place):
     assert codes == {"\x1b[1m", "\x1b[0m"}  # and no cursor that moves: there is none
     timeless = re.compile(r"\x1b\[\dm|\d\d:\d\d:\d\d|\d:\d\d\b")
     assert timeless.sub("", forced) == timeless.sub("", plain)
+
+
+def test_a_bar_of_lightning_is_one_line(place):
+    written = re.sub(r"\x1b\[\?\d+[lh]", "", in_a_terminal(place, [], program=LIGHTNING))
+    left = [""]  # what stands in the terminal: a bar goes up a line and erases what is there
+    for piece in re.split(r"(\n|\r|\x1b\[1A|\x1b\[2K)", written):
+        if piece == "\n":
+            left.append("")
+        elif piece == "\x1b[1A":
+            assert left.pop() == ""
+        elif piece == "\x1b[2K":
+            left[-1] = ""
+        elif piece != "\r":
+            left[-1] += piece
+    assert max(map(len, left)) <= 80
+    bars = [line.split(":")[0] for line in left if "it/s" in line]
+    assert bars == ["Epoch 1", "Validating"]
+    assert any("100%" in line and "8/8" in line and "…" not in line for line in left)

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 _INTERVAL = 0.1  # seconds between two drawings at least
+_BAR, _SHORT_BAR = 20, 5  # characters of a bar, and what is left of it in a narrow terminal
 
 
 class tqdm:  # noqa: N801 - the name by which programs import it
@@ -106,15 +107,23 @@ class tqdm:  # noqa: N801 - the name by which programs import it
         return Console(file=self.file)
 
     def _picture(self) -> Any:
-        """What is drawn, for rich."""
-        return str(self)
+        """What is drawn, for rich: one line of the terminal."""
+        from rich.text import Text
+
+        text = self._line(_BAR)
+        excess = len(text) - self._console().width
+        if excess > 0:
+            text = self._line(max(_BAR - excess, _SHORT_BAR))
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
     def __str__(self) -> str:
+        return self._line(_BAR)
+
+    def _line(self, width: int) -> str:
         elapsed = max(time.monotonic() - self._began, 1e-9)
         rate = (self.n - self.initial) / elapsed
         count = f"{self.n:g}" if self.total is None else f"{self.n:g}/{self.total:g}"
         share = "" if not self.total else f"{100 * self.n / self.total:3.0f}%|"
-        width = 20
         full = 0 if not self.total else min(width, int(width * self.n / self.total))
         bar = "" if not self.total else "█" * full + " " * (width - full) + "| "
         tail = f", {self.postfix}" if self.postfix else ""
@@ -126,10 +135,18 @@ class tqdm:  # noqa: N801 - the name by which programs import it
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, file=sys.stderr)
 
+    def clear(self) -> None:
+        """Take the line away; the next refresh draws it again."""
+        if self._live is not None:
+            self._live.transient = True
+            self._live.stop()
+            self._live = None
+
     def close(self) -> None:
         """End the line."""
+        if self.leave and self.n > self.initial:
+            self.refresh()  # as it is now, also if it was taken away
         if self._live is not None:
-            self._live.update(self._picture(), refresh=True)
             self._live.stop()
             self._live = None
 
@@ -303,12 +320,18 @@ class ProgressBar(ProgressBarBase):
         """Whether it shows anything."""
         return self._enabled and self._refresh_rate > 0
 
-    def _bar(self, description: str, total: Any = None) -> Any:
-        return tqdm(desc=description, total=total, disable=self.is_disabled, file=sys.stdout)
+    def _bar(self, description: str, total: Any = None, leave: bool = True) -> Any:
+        return tqdm(
+            desc=description,
+            total=total,
+            disable=self.is_disabled,
+            leave=leave,
+            file=sys.stdout,
+        )
 
     def init_sanity_tqdm(self) -> Any:
         """The bar of the first, short validation."""
-        return self._bar("Validation sanity check")
+        return self._bar("Validation sanity check", leave=False)
 
     def init_train_tqdm(self) -> Any:
         """The bar of a training epoch."""
@@ -316,7 +339,7 @@ class ProgressBar(ProgressBarBase):
 
     def init_validation_tqdm(self) -> Any:
         """The bar of a validation."""
-        return self._bar("Validating")
+        return self._bar("Validating", leave=self.trainer._fn != "fit")
 
     def init_test_tqdm(self) -> Any:
         """The bar of a test."""
@@ -378,6 +401,8 @@ class ProgressBar(ProgressBarBase):
         """Begin the bar."""
         super().on_validation_start(trainer, pl_module)
         if not trainer.sanity_checking:
+            if self.main_progress_bar is not None:
+                self.main_progress_bar.clear()  # one line at a time
             self.val_progress_bar = self.init_validation_tqdm()
             self.val_progress_bar.reset(sum(trainer.num_val_batches))
 
@@ -528,9 +553,10 @@ class RichProgressBar(ProgressBar):
         self.leave, self.theme = leave, theme or RichProgressBarTheme()
         self._console_kwargs = dict(console_kwargs or {})
 
-    def _bar(self, description: str, total: Any = None) -> Any:
+    def _bar(self, description: str, total: Any = None, leave: bool = True) -> Any:
         return _RichBar(
-            self.theme, self._console_kwargs, desc=description, total=total, leave=self.leave,
+            self.theme, self._console_kwargs, desc=description, total=total,
+            leave=leave and self.leave,
             disable=self.is_disabled, file=sys.stdout,
         )  # fmt: skip
 
