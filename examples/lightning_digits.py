@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--hidden_dim", type=int, default=64)
     parser = pl.Trainer.add_argparse_args(parser)
-    parser.set_defaults(max_epochs=10)
+    parser.set_defaults(max_epochs=10, log_every_n_steps=10)
     args = parser.parse_args()
 
     pl.seed_everything(1234)
