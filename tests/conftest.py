@@ -1,7 +1,14 @@
 """What all tests share: reproducible examples, and no test that leaves torch changed."""
 
+import os
+
 import hypothesis
 import pytest
+
+# Results are compared to the bit, also with those of other processes, and a sum in two threads has
+# other bits than in one. Torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # The same examples on each run: a failure can be repeated, and a slow machine is no failure.
