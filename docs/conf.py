@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from inspect import isclass, isroutine
 
 import puretrain
 
@@ -12,10 +13,17 @@ project = "puretrain"
 author = copyright = "The puretrain developers"
 version = release = puretrain.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "myst_parser",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"puretrain {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 # Each reference page is one automodule; what a page shows is the module's __all__.
 autodoc_default_options = {
@@ -25,6 +33,7 @@ autodoc_default_options = {
     "show-inheritance": True,
 }
 autodoc_member_order = "bysource"
+autosummary_generate = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
@@ -47,10 +56,21 @@ myst_heading_anchors = 3
 
 def plain_attribute(app, what, name, obj, options, lines):
     """Keep napoleon from reading "Note: text" in an attribute's docstring as "type: text"."""
-    if what in ("attribute", "property"):
+    if what in ("attribute", "data", "property"):
         if lines and lines[0].startswith("Alias for field number"):  # a named tuple's filler
             lines.clear()
         lines[:0] = ["..", ""]  # an empty comment, so that the first line has no colon
+
+
+def list_names(app, what, name, obj, options, lines):
+    """Begin the page of a module with what its functions and classes do, a line each."""
+    if what != "module" or not options.get("members"):
+        return
+    values = {each: getattr(obj, each) for each in obj.__all__}
+    names = [each for each in values if isroutine(values[each]) or isclass(values[each])]
+    if len(names) > 3:
+        lines += ["", ".. autosummary::", "   :nosignatures:", ""]
+        lines += [f"   {each}" for each in names]
 
 
 def draw_architecture(app, name, source):
@@ -76,4 +96,5 @@ def find_room(app, env, node, content):
 def setup(app):
     app.connect("missing-reference", find_room)
     app.connect("source-read", draw_architecture)
+    app.connect("autodoc-process-docstring", list_names)
     app.connect("autodoc-process-docstring", plain_attribute, priority=400)  # before napoleon's 500

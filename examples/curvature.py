@@ -1,7 +1,7 @@
 """Look at a loss around the states of a run: its sharpness, and slices through it.
 
-    python examples/curvature.py                                   # half a minute
-    python examples/curvature.py --picture docs/curvature.svg      # and draw them
+    python examples/curvature.py                                      # half a minute
+    python examples/curvature.py --picture docs/images/curvature.svg  # and draw them
 
 Descent with a fixed learning rate leads to places where the largest eigenvalue of the Hessian is
 about 2 / rate, where it would begin to diverge, and stays there (Cohen et al., "Gradient descent on

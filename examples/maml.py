@@ -1,7 +1,7 @@
 """Learn to learn: first weights and a learning rate from which a few steps fit any sine wave.
 
-    python examples/maml.py                             # half a minute
-    python examples/maml.py --picture docs/maml.svg     # and draw what it has learned
+    python examples/maml.py                                 # half a minute
+    python examples/maml.py --picture docs/images/maml.svg  # and draw what it has learned
 
 The task of Finn et al., "Model-agnostic meta-learning" (ICML 2017): a sine wave of unknown
 amplitude and phase, seen at ten places. What is minimized is the loss at other places after five

@@ -1,7 +1,7 @@
 """Read handwritten digits without remembering any writer's: differentially private training.
 
-    python examples/private.py                                # a minute
-    python examples/private.py --picture docs/private.svg     # and draw noise against accuracy
+    python examples/private.py                                    # a minute
+    python examples/private.py --picture docs/images/private.svg  # and draw noise against accuracy
 
 Each example's gradient is clipped, noise is added to their sum (Abadi et al., "Deep learning with
 differential privacy", 2016), and an accountant says how much the trained weights can tell about any
