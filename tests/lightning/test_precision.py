@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import puretrain.lightning as pl
-from puretrain.lightning.trainer import training
+from puretrain.lightning.trainer import steps
+from puretrain.lightning.trainer.precision import cast_to_half
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 from puretrain.lightning.utilities.warnings import WarningCache
 
@@ -18,7 +19,7 @@ X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def _own_warnings(monkeypatch):
     """What is warned of once must still be news to other tests."""
-    monkeypatch.setattr(training, "_warnings", WarningCache())
+    monkeypatch.setattr(steps, "_warnings", WarningCache())
 
 
 class Model(pl.LightningModule):
@@ -60,7 +61,7 @@ def trainer_of(tmp_path, half=False, **arguments):
         weights_summary=None, **{"max_epochs": 1, **arguments},
     )  # fmt: skip
     if half:
-        trainer._cast_to_half("cpu")
+        cast_to_half(trainer, "cpu")
     return trainer
 
 

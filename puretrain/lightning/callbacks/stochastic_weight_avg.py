@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
 from puretrain.lightning.callbacks.base import Callback
+from puretrain.lightning.trainer.transfer import moved
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 
 __all__ = ["StochasticWeightAveraging"]
@@ -173,7 +174,7 @@ class StochasticWeightAveraging(Callback):
                     break
                 trainer._fx = "training_step"
                 pl_module.training_step(
-                    *(trainer._moved(batch, 0), index)[: 2 if trainer._step_takes_index else 1]
+                    *(moved(trainer, batch, 0), index)[: 2 if trainer._step_takes_index else 1]
                 )
         trainer._fx, trainer._results = None, before
         for norm, momentum in zip(norms, momenta, strict=True):

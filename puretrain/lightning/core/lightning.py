@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from puretrain.lightning.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from puretrain.lightning.trainer import reporting, steps
 from puretrain.lightning.trainer.results import is_metric
 from puretrain.lightning.utilities import parsing
 from puretrain.lightning.utilities.apply_func import apply_to_collection, move_data_to_device
@@ -402,7 +403,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
         """What the progress bar shows besides logged values: the loss, and the logger's version."""
         found: dict[str, Any] = {}
         trainer = self.trainer
-        loss = trainer._mean_loss()
+        loss = reporting.mean_loss(trainer)
         if loss is not None:
             found["loss"] = f"{loss:.3g}"
         version = getattr(trainer.logger, "version", None) if trainer.logger is not None else None
@@ -434,7 +435,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizers: one, or a list of several."""
         trainer = self.trainer
-        found = trainer._wrapped_optimizers() if use_pl_optimizer else trainer.optimizers
+        found = steps.wrapped_optimizers(trainer) if use_pl_optimizer else trainer.optimizers
         if len(found) == 1:
             return found[0]
         return list(found)
@@ -463,7 +464,7 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
             )
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
             args = (optimizer, *args)
-        self.trainer._manual_backward(loss, args, kwargs)
+        steps.manual_backward(self.trainer, loss, args, kwargs)
 
     def optimizer_step(
         self,
@@ -499,7 +500,10 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip the gradients of an optimizer's parameters by norm or by value."""
-        self.trainer._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        trainer = self.trainer
+        value = trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        algorithm = str(gradient_clip_algorithm or trainer.gradient_clip_algorithm)
+        steps.clip(optimizer, value, algorithm.lower())
 
     def lr_scheduler_step(self, scheduler: Any, *args: Any) -> None:
         """Make a step of a scheduler; the last argument is the metric it monitors, or None."""

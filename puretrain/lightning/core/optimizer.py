@@ -101,12 +101,12 @@ class LightningOptimizer:
             raise MisconfigurationException("When closure is provided, it should be a function")
         kwargs.pop("make_optimizer_step", None)
         trainer = self._trainer
-        if trainer is not None and not trainer._module.automatic_optimization:
-            return trainer._manual_step(self, closure, kwargs)
-        if trainer is not None and trainer._scaler is not None:
-            from puretrain.lightning.trainer.training import step_optimizer
+        if trainer is not None:
+            from puretrain.lightning.trainer import steps  # which needs this class
 
-            return step_optimizer(trainer, self.optimizer, closure, **kwargs)
+            if not trainer._module.automatic_optimization:
+                return steps.manual_step(trainer, self, closure, kwargs)
+            return steps.step_optimizer(trainer, self.optimizer, closure, **kwargs)
         if closure is None:
             return self.optimizer.step(**kwargs)
         return self.optimizer.step(closure, **kwargs)

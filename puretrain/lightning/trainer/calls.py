@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 __all__ = [
+    "ANY_NUMBER",
     "call",
     "call_module",
     "call_the_rest",
@@ -20,6 +22,7 @@ __all__ = [
     "is_late",
     "is_of_lightning",
     "keys_of",
+    "profiled",
     "state_key_of",
     "takes",
 ]
@@ -34,7 +37,8 @@ _BASES = {
     "DataModuleHooks",
 }
 _PACKAGES = {"puretrain", "pytorch_lightning", "lightning"}
-_ALL = 1 << 10
+ANY_NUMBER = 1 << 10  # of arguments
+_NOTHING = nullcontext()
 
 
 class Hooks(NamedTuple):
@@ -63,9 +67,9 @@ def takes(function: Callable[..., Any]) -> int:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin or a mock
-        return _ALL
+        return ANY_NUMBER
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return _ALL
+        return ANY_NUMBER
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
@@ -153,6 +157,11 @@ def call(trainer: Any, name: str, *arguments: Any) -> Any:
     return answer
 
 
+def profiled(trainer: Any, action: str) -> Any:
+    """Measure what happens in a block, if there is a profiler."""
+    return trainer.profiler.profile(action) if trainer._profiles else _NOTHING
+
+
 def state_key_of(callback: Any) -> str:
     """Under which name a callback is in a checkpoint."""
     key = getattr(callback, "state_key", None)
@@ -184,7 +193,7 @@ def call_the_rest(trainer: Any, name: str, *arguments: Any) -> None:
     calls += [] if hooks.module is None else [(hooks.module[0], (), hooks.module[1])]
     calls += [(method, (trainer, module), count) for method, count in hooks.last]
     keys = keys_of([method for method, _, _ in calls])
-    with trainer._profile(name):
+    with profiled(trainer, name):
         for key, (method, given, count) in zip(keys, calls, strict=True):
             if key in trainer._called:
                 continue

@@ -31,6 +31,7 @@ from torch.utils.data import (
 
 from puretrain.lightning.trainer.devices import Plan
 from puretrain.lightning.trainer.foreign import OneProcess
+from puretrain.lightning.trainer.supporters import PredictionCollection
 from puretrain.lightning.utilities.apply_func import apply_to_collection
 from puretrain.lightning.utilities.distributed import rank_zero_only, rank_zero_warn, sync_ddp
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
@@ -40,7 +41,7 @@ from puretrain.sharding.exchange import Exchange
 from puretrain.sharding.live import AveragedGradients, send_to_all
 from puretrain.sharding.processes import everyone, processes
 
-__all__ = ["Processes", "assign_ranks", "prepared"]
+__all__ = ["Processes", "prepared", "take_plan", "take_ranks"]
 
 _TIMEOUT = 1800.0  # seconds, as torch's own
 
@@ -76,7 +77,7 @@ def leave(*, failed: bool = False) -> None:
             connection.stack.close()
 
 
-def assign_ranks(plan: Plan) -> dict[str, int]:
+def _ranks(plan: Plan) -> dict[str, int]:
     """Who this process is, from the variables of torchrun or of the trainer that started it.
 
     Raises:
@@ -97,6 +98,26 @@ def assign_ranks(plan: Plan) -> dict[str, int]:
         )
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
     return {"_global_rank": rank, "_local_rank": local, "_node_rank": node}
+
+
+def take_plan(trainer: Any, plan: Plan) -> None:
+    """Let a trainer run on what is planned."""
+    trainer._processes = Processes(plan, plan.devices[0])
+    trainer._splits = plan.parts > 1
+    trainer._train_results.processes = trainer._processes
+    trainer.num_nodes, trainer.num_processes = plan.nodes, plan.per_node
+    gpus = [device.index for device in plan.devices if device.type == "cuda"]
+    trainer.data_parallel_device_ids, trainer.num_gpus = gpus or None, len(gpus)
+    take_ranks(trainer)
+
+
+def take_ranks(trainer: Any) -> None:
+    """Find out which of the processes this is, and its device."""
+    plan = trainer._processes.plan
+    vars(trainer).update(_ranks(plan))
+    trainer._predictions = PredictionCollection(trainer.global_rank, trainer.world_size)
+    trainer._device = plan.devices[trainer.local_rank if plan.kind == "ddp" else 0]
+    trainer._processes.root_device = trainer._device
 
 
 class Processes(OneProcess):

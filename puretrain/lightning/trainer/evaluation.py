@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from puretrain.lightning.trainer import loaders, splitting
-from puretrain.lightning.trainer.calls import call, call_module, hooks_of, implements, takes
+from puretrain.lightning.trainer.calls import (
+    ANY_NUMBER,
+    call,
+    call_module,
+    hooks_of,
+    implements,
+    profiled,
+    takes,
+)
+from puretrain.lightning.trainer.reporting import keep_metrics, log_metrics
 from puretrain.lightning.trainer.results import Results
+from puretrain.lightning.trainer.signals import interrupt
 from puretrain.lightning.trainer.states import RunningStage
+from puretrain.lightning.trainer.transfer import moved
 from puretrain.lightning.utilities.apply_func import move_data_to_device
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 from puretrain.lightning.utilities.warnings import WarningCache
 
-__all__ = ["Prediction", "prepare_loaders", "run_evaluation", "run_prediction"]
+__all__ = [
+    "STAGES",
+    "WORDS",
+    "Prediction",
+    "prepare_loaders",
+    "run_evaluation",
+    "run_prediction",
+]
 
 _warnings = WarningCache()
 
-_WORDS = {"val": "validation", "test": "test", "predict": "predict"}
-_STAGES = {
+WORDS = {"val": "validation", "test": "test", "predict": "predict"}
+STAGES = {
     "val": RunningStage.VALIDATING,
     "test": RunningStage.TESTING,
     "predict": RunningStage.PREDICTING,
@@ -45,6 +64,30 @@ def prepare_loaders(trainer: Any, kind: str) -> None:
     trainer._eval_counts[kind] = counts
 
 
+@contextmanager
+def _not_training(module: Any, *, restore: bool = True) -> Iterator[None]:
+    """Without gradients; afterwards each part trains or not as before."""
+    modes = [(child, child.training) for child in module.modules()]
+    with torch.no_grad():
+        yield
+    for child, training in modes if restore else ():
+        child.training = training
+
+
+def _read(
+    trainer: Any, found: list[Iterable[Any]], counts: list[float]
+) -> Iterator[tuple[Any, int, int]]:
+    """The batches of the loaders where the module wants them, with their numbers and loaders."""
+    for number, (loader, limit) in enumerate(zip(found, counts, strict=True)):
+        trainer._eval_place = (number, limit)
+        if limit == 0:
+            continue
+        for index, batch in enumerate(loader):
+            yield moved(trainer, batch, number), index, number
+            if index + 1 >= limit:
+                break
+
+
 def run_evaluation(
     trainer: Any,
     kind: str,
@@ -63,8 +106,8 @@ def run_evaluation(
     Returns:
         For each loader the values that were logged of it.
     """
-    module, word = trainer._module, _WORDS[kind]
-    if kind not in trainer._eval_loaders or trainer._loaders_are_due(kind):
+    module, word = trainer._module, WORDS[kind]
+    if kind not in trainer._eval_loaders or loaders.are_due(trainer, kind):
         prepare_loaders(trainer, kind)
     found, counts = trainer._eval_loaders[kind], trainer._eval_counts[kind]
     if most is not None:
@@ -72,10 +115,9 @@ def run_evaluation(
     if not found or not sum(counts):
         return []
     sanity = trainer._stage is RunningStage.SANITY_CHECKING
-    trainer._stage = RunningStage.SANITY_CHECKING if sanity else _STAGES[kind]
+    trainer._stage = RunningStage.SANITY_CHECKING if sanity else STAGES[kind]
     results = trainer._results = Results(training=False, processes=trainer._processes)
-    modes = [(child, child.training) for child in module.modules()]
-    with torch.no_grad():
+    with _not_training(module, restore=not implements(module, f"on_{word}_model_train")):
         call_module(trainer, f"on_{word}_model_eval")
         call(trainer, f"on_{word}_start")
         call(trainer, f"on_{word}_epoch_start")
@@ -83,23 +125,20 @@ def run_evaluation(
         results.batches_are_over = True
         results.begin_batch(None)
         results.synchronize()
+        given = outputs[0] if len(found) == 1 else outputs
         if implements(module, f"{word}_epoch_end"):
-            given = outputs[0] if len(found) == 1 else outputs
             call_module(trainer, f"{word}_epoch_end", given)
-        call(trainer, f"on_{word}_epoch_end", outputs[0] if len(found) == 1 else outputs)
+        call(trainer, f"on_{word}_epoch_end", given)
         call(trainer, "on_epoch_end")
         logged: dict[str, Any] = {}
         if not sanity:
-            trainer._keep_metrics()
+            keep_metrics(trainer)
             logged = results.collect()["log"]
-            trainer._log_metrics(logged)
+            log_metrics(trainer, logged)
         if on_end is not None:
             on_end()
         call(trainer, f"on_{word}_end")
         call_module(trainer, f"on_{word}_model_train")
-    if not implements(module, f"on_{word}_model_train"):
-        for child, training in modes:
-            child.training = training
     trainer._results = None
     values = {} if sanity else {**logged, **results.collect()["callback"]}
     results.reset()  # metric objects begin anew
@@ -125,67 +164,49 @@ def _by_loader(metrics: dict[str, Any], count: int) -> list[dict[str, Any]]:
 def _batches(
     trainer: Any, kind: str, found: list[Any], counts: list[float], results: Results
 ) -> list[list[Any]]:
-    module, word = trainer._module, _WORDS[kind]
+    module, word = trainer._module, WORDS[kind]
     name = f"{word}_step"
     method = getattr(module, name)
     several = len(found) > 1
-    takes_loader = several or (takes(method) < 1 << 10 and _requires(method) >= 3)
-    count = 3 if takes_loader else 2
-    count = min(count, takes(method))
+    takes_loader = several or (takes(method) < ANY_NUMBER and _requires(method) >= 3)
+    count = min(3 if takes_loader else 2, takes(method))
     own_end = getattr(module, f"{name}_end") if implements(module, f"{name}_end") else None
-    starts = hooks_of(trainer, f"on_{word}_batch_start")
-    ends = hooks_of(trainer, f"on_{word}_batch_end")
     keep = implements(module, f"{word}_epoch_end") or _wants_outputs(trainer, word)
-    outputs: list[list[Any]] = []
-    for number, (loader, limit) in enumerate(zip(found, counts, strict=True)):
-        kept: list[Any] = []
-        outputs.append(kept)
-        trainer._eval_place = (number, limit)
-        if limit == 0:
-            continue
-        for index, batch in enumerate(loader):
-            if index >= limit:
-                break
-            batch = trainer._moved(batch, number)
-            trainer.eval_batch_idx = index
-            results.begin_batch(batch, number if several else None)
-            if starts is not None:
-                call(trainer, f"on_{word}_batch_start", batch, index, number)
-            trainer._fx = name
-            casting = trainer._casting
-            with (
-                trainer._profile("evaluation_step_and_end"),
-                trainer._profile(name),
-                nullcontext() if casting is None else casting(),
-            ):
-                arguments = (batch, index, number)[:count]
-                trainer._processes.before_step()
-                if trainer._splits:
-                    output = splitting.call_parts(trainer, name, arguments, {})
-                else:
-                    output = method(*arguments)
-                if own_end is not None:
-                    trainer._fx = f"{name}_end"
-                    ended = own_end(output)
-                    output = output if ended is None else ended
-            trainer._fx = None
-            if ends is not None:
-                call(trainer, f"on_{word}_batch_end", output, batch, index, number)
-            if keep and output is not None:
-                kept.append(output)
-            if not trainer.sanity_checking:
-                _log_step(trainer, results, kind)
-            if trainer._signals and not trainer._processes.connected:
-                trainer._interrupt()  # several processes must leave at the same place: later
-            if index + 1 >= limit:
-                break
+    outputs: list[list[Any]] = [[] for _ in found]
+    for batch, index, number in _read(trainer, found, counts):
+        trainer.eval_batch_idx = index
+        results.begin_batch(batch, number if several else None)
+        call(trainer, f"on_{word}_batch_start", batch, index, number)
+        trainer._fx = name
+        casting = trainer._casting
+        with (
+            profiled(trainer, "evaluation_step_and_end"),
+            profiled(trainer, name),
+            nullcontext() if casting is None else casting(),
+        ):
+            arguments = (batch, index, number)[:count]
+            trainer._processes.before_step()
+            if trainer._splits:
+                output = splitting.call_parts(trainer, name, arguments, {})
+            else:
+                output = method(*arguments)
+            if own_end is not None:
+                trainer._fx = f"{name}_end"
+                ended = own_end(output)
+                output = output if ended is None else ended
+        trainer._fx = None
+        call(trainer, f"on_{word}_batch_end", output, batch, index, number)
+        if keep and output is not None:
+            outputs[number].append(output)
+        if not trainer.sanity_checking:
+            _log_step(trainer, results, kind)
+        if trainer._signals and not trainer._processes.connected:
+            interrupt(trainer)  # several processes must leave at the same place: later
     results.loader = None
     return outputs
 
 
 def _requires(method: Any) -> int:
-    import inspect
-
     parameters = inspect.signature(method).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
@@ -211,7 +232,7 @@ def _log_step(trainer: Any, results: Results, kind: str) -> None:
             and entry.step is not None
             and entry.loader == results.loader
         }
-        trainer._log_metrics(metrics, step=seen - 1)
+        log_metrics(trainer, metrics, step=seen - 1)
 
 
 # ── Prediction ────────────────────────────────────────────────────────────────────────────────────
@@ -292,7 +313,6 @@ def run_prediction(trainer: Any, *, keep: bool = True) -> Any:
         raise MisconfigurationException(
             "No `predict_dataloader()` method defined, and no loader given to `predict`"
         )
-    trainer._stage = RunningStage.PREDICTING
     method = module.predict_step
     if not implements(module, "predict_step") and implements(module, "predict"):
         method = module.predict  # its name in 1.2
@@ -300,36 +320,26 @@ def run_prediction(trainer: Any, *, keep: bool = True) -> Any:
     done = trainer.predict_loop = Prediction(len(found))
     writers = [c for c in trainer.callbacks if hasattr(c, "write_on_epoch_end")]
     kept = keep or any("epoch" in writer.interval for writer in writers)
-    modes = [(child, child.training) for child in module.modules()]
-    with torch.no_grad():
+    read = [_recorded(loader) if writers and limit else (loader, [])
+            for loader, limit in zip(found, counts, strict=True)]  # fmt: skip
+    with _not_training(module):
         call_module(trainer, "on_predict_model_eval")
         call(trainer, "on_predict_start")
         call(trainer, "on_predict_epoch_start")
-        for number, (loader, limit) in enumerate(zip(found, counts, strict=True)):
-            trainer._eval_place = (number, limit)
-            if limit == 0:
-                continue
-            reader, seen = _recorded(loader) if writers else (loader, [])
-            for index, batch in enumerate(reader):
-                if index >= limit:
-                    break
-                batch = trainer._moved(batch, number)
-                done.current_batch_indices = seen[index] if index < len(seen) else []
-                if index < len(seen):
-                    done.epoch_batch_indices[number].append(seen[index])
-                output = _predict_batch(trainer, method, (batch, index, number), count)
-                if kept:
-                    done.outputs[number].append(
-                        output if not trainer.on_gpu else move_data_to_device(output, "cpu")
-                    )
-                if trainer._signals:
-                    trainer._interrupt()
-                if index + 1 >= limit:
-                    break
+        for batch, index, number in _read(trainer, [loader for loader, _ in read], counts):
+            seen = read[number][1]
+            done.current_batch_indices = seen[index] if index < len(seen) else []
+            if index < len(seen):
+                done.epoch_batch_indices[number].append(seen[index])
+            output = _predict_batch(trainer, method, (batch, index, number), count)
+            if kept:
+                done.outputs[number].append(
+                    move_data_to_device(output, "cpu") if trainer.on_gpu else output
+                )
+            if trainer._signals:
+                interrupt(trainer)
         call(trainer, "on_predict_epoch_end", done.outputs)
         call(trainer, "on_predict_end")
-    for child, training in modes:
-        child.training = training
     return done.predictions if keep else None
 
 
@@ -337,7 +347,7 @@ def _predict_batch(trainer: Any, method: Any, batch: tuple[Any, int, int], count
     call(trainer, "on_predict_batch_start", *batch)
     trainer._fx = "predict_step"
     casting = trainer._casting
-    with trainer._profile("predict_step"), nullcontext() if casting is None else casting():
+    with profiled(trainer, "predict_step"), nullcontext() if casting is None else casting():
         output = method(*batch[:count])
     trainer._fx = None
     call(trainer, "on_predict_batch_end", output, *batch)

@@ -1,8 +1,8 @@
 """Starting the processes of a run from a script that was started plainly.
 
 With ``ddp`` the script starts itself again, once for each further process, with the variables that
-torchrun would set. With ``ddp_spawn`` and its like the method of the trainer runs in new processes,
-all of them, and what it has found comes back to this one.
+torchrun would set. With ``ddp_spawn`` and its like what the trainer's method does runs in new
+processes, all of them, and what it has found comes back to this one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,15 @@ _children: list[Any] = []
 _importing_main: list[bool] = []
 
 
-def launch(trainer: Any, method: str, arguments: Mapping[str, Any]) -> tuple[bool, Any]:
+def launch(
+    trainer: Any, function: Callable[..., Any], arguments: Mapping[str, Any]
+) -> tuple[bool, Any]:
     """Start the processes of a run, unless they have been started.
 
     Args:
         trainer: whose run.
-        method: of the trainer: what new processes are to call.
-        arguments: its arguments.
+        function: what new processes are to call, with the trainer.
+        arguments: its further arguments.
 
     Returns:
         Whether it is done, and what it returned. If not, this process is one of the run's.
@@ -63,7 +65,7 @@ def launch(trainer: Any, method: str, arguments: Mapping[str, Any]) -> tuple[boo
     if _importing_main:
         raise MisconfigurationException(
             f"the new processes of {trainer._processes.plan.launch!r} import the script, and it "
-            f"calls trainer.{method} while it is imported: put the program under "
+            f"calls trainer.{function.__name__} while it is imported: put the program under "
             "`if __name__ == '__main__':`, or use accelerator='ddp'"
         )
     if "LOCAL_RANK" in os.environ:
@@ -78,7 +80,7 @@ def launch(trainer: Any, method: str, arguments: Mapping[str, Any]) -> tuple[boo
     if plan.launch == "script":
         _start_scripts(plan)
         return False, None
-    return True, _run_in_children(trainer, method, dict(arguments))
+    return True, _run_in_children(trainer, function, dict(arguments))
 
 
 def _variables(plan: Any, local_rank: int) -> dict[str, str]:
@@ -207,13 +209,13 @@ def _end_with_parent() -> None:
 # ── New processes for one method ──────────────────────────────────────────────────────────────────
 
 
-def _run_in_children(trainer: Any, method: str, arguments: dict[str, Any]) -> Any:
+def _run_in_children(trainer: Any, function: Any, arguments: dict[str, Any]) -> Any:
     plan = trainer._processes.plan
     with tempfile.TemporaryDirectory(prefix="puretrain-") as name:
         folder = Path(name)
         shared = _variables(plan, 0)
         starter = _spawned if plan.launch == "spawn" else _forked
-        children = starter(trainer, method, arguments, folder, shared)
+        children = starter(trainer, function, arguments, folder, shared)
         _wait_for(children, folder)
         found = torch.load(folder / "result", map_location="cpu", weights_only=False)
     _take_over(trainer, arguments, found)
@@ -221,14 +223,14 @@ def _run_in_children(trainer: Any, method: str, arguments: dict[str, Any]) -> An
 
 
 def _spawned(
-    trainer: Any, method: str, arguments: Any, folder: Path, shared: dict[str, str]
+    trainer: Any, function: Any, arguments: Any, folder: Path, shared: dict[str, str]
 ) -> list[Any]:
     preparation = spawn.get_preparation_data("puretrain")
     preparation.pop("authkey", None)
     header = {"as_lightning": _speaks_for_lightning(), "preparation": preparation}
     try:
         # By pickle itself: torch's own would let all processes write to the same parameters.
-        task = pickle.dumps((trainer, method, arguments, loaders.capture()))
+        task = pickle.dumps((trainer, function, arguments, loaders.capture()))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise MisconfigurationException(
             f"the new processes of {trainer._processes.plan.launch!r} are sent the trainer, the "
@@ -264,9 +266,9 @@ def _spawned_main() -> None:
         _importing_main.append(True)
         spawn.prepare(header["preparation"])
         _importing_main.clear()
-        trainer, method, arguments, generators = pickle.loads((folder / "task").read_bytes())
+        trainer, function, arguments, generators = pickle.loads((folder / "task").read_bytes())
         loaders.put_back(generators)
-        _work(trainer, method, arguments, folder)
+        _work(trainer, function, arguments, folder)
 
 
 class _Forked:
@@ -292,7 +294,7 @@ class _Forked:
 
 
 def _forked(
-    trainer: Any, method: str, arguments: Any, folder: Path, shared: dict[str, str]
+    trainer: Any, function: Any, arguments: Any, folder: Path, shared: dict[str, str]
 ) -> list[Any]:
     if torch.cuda.is_initialized():
         raise MisconfigurationException(
@@ -304,7 +306,7 @@ def _forked(
     def run(rank: int) -> None:
         os.environ.update(_own(plan, rank, shared))
         with _reporting(folder):
-            _work(trainer, method, arguments, folder)
+            _work(trainer, function, arguments, folder)
 
     children = []
     for rank in range(plan.per_node):
@@ -337,11 +339,11 @@ class _reporting:  # noqa: N801 - used like a function
         os._exit(1)
 
 
-def _work(trainer: Any, method: str, arguments: dict[str, Any], folder: Path) -> None:
-    """Run the trainer's method in this new process; the first leaves what has come of it."""
+def _work(trainer: Any, function: Any, arguments: dict[str, Any], folder: Path) -> None:
+    """Do in this new process what was asked; the first leaves what has come of it."""
     _end_with_parent()
-    trainer._take_ranks()
-    returned = getattr(trainer, method)(**arguments)
+    distributed.take_ranks(trainer)
+    returned = function(trainer, **arguments)
     if trainer.is_global_zero:
         module = trainer._module
         found = {

@@ -9,6 +9,7 @@ its next batch.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,17 +21,27 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from puretrain.data import Read
 from puretrain.data.plain import pack, unpack
-from puretrain.lightning.trainer.calls import implements
+from puretrain.lightning.trainer.calls import implements, profiled
 from puretrain.lightning.trainer.distributed import prepared
 from puretrain.lightning.trainer.supporters import CombinedLoader, flatten, length_of
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 from puretrain.lightning.utilities.warnings import PossibleUserWarning, WarningCache
 from puretrain.state import Cursor
 
-__all__ = ["Item", "LoaderSource", "capture", "limited", "loaders_for", "put_back"]
+__all__ = [
+    "Item",
+    "LoaderSource",
+    "are_due",
+    "capture",
+    "evaluation_loaders",
+    "has_loaders",
+    "limited",
+    "loaders_for",
+    "put_back",
+    "training_loader",
+]
 
 _warnings = WarningCache()
-_NAMES = {"train": "train", "val": "val", "test": "test", "predict": "predict"}
 
 
 class Item:
@@ -120,6 +131,14 @@ def has_loaders(trainer: Any, kind: str) -> bool:
     return any(implements(owner, name) for owner in (trainer.datamodule, trainer._module) if owner)
 
 
+def are_due(trainer: Any, kind: str) -> bool:
+    """Whether the loaders must be asked for again."""
+    if not trainer._reload_every or trainer.sanity_checking:
+        return False
+    before = trainer._loaded_at.get(kind)
+    return before is not None and (trainer.current_epoch - before) >= trainer._reload_every
+
+
 def training_loader(trainer: Any) -> Any:
     """One loader for training."""
     loaders = loaders_for(trainer, "train")
@@ -182,7 +201,7 @@ def _prepared(loader: Any, trainer: Any, kind: str) -> Any:
             f"Your {kind}_dataloader has `shuffle=True`, it is best practice to turn this off for "
             "validation and test dataloaders."
         )
-    if loader.num_workers <= 2 and trainer._may_warn_of_workers(loader):
+    if loader.num_workers <= 2 and _may_warn_of_workers(trainer, loader):
         _warnings.warn(
             f"The dataloader, {kind} dataloader, does not have many workers which may be a "
             "bottleneck. Consider increasing the value of the `num_workers` argument in the "
@@ -190,6 +209,12 @@ def _prepared(loader: Any, trainer: Any, kind: str) -> Any:
             category=PossibleUserWarning,
         )
     return prepared(loader, trainer, kind)
+
+
+def _may_warn_of_workers(trainer: Any, loader: DataLoader[Any]) -> bool:
+    if not hasattr(loader.dataset, "__len__"):
+        return False
+    return (os.cpu_count() or 1) > 2 and not trainer.fast_dev_run and len(loader.dataset) > 10_000
 
 
 def _without_shuffling(loader: Any) -> Any:
@@ -309,13 +334,13 @@ class LoaderSource:
             ahead = next(iterator, self)
         while index < total and not trainer._epoch_over:
             if sized:
-                with trainer._profile("get_train_batch"):
+                with profiled(trainer, "get_train_batch"):
                     batch = next(iterator, self)
                 last = index + 1 == total
             else:
                 batch = ahead
                 if batch is not self:
-                    with trainer._profile("get_train_batch"):
+                    with profiled(trainer, "get_train_batch"):
                         ahead = next(iterator, self) if index + 1 < total else self
                 last = ahead is self
                 over, last = map(bool, trainer._processes.largest(batch is self, last))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from puretrain.lightning.trainer import loaders
+from puretrain.lightning.trainer import loaders, running, stages
 from puretrain.lightning.trainer.results import metric_states, restore_metric_states
 from puretrain.lightning.trainer.states import TrainerFn, TrainerState
 
@@ -47,17 +47,17 @@ def trial(
     given = [loader for loader in (train, val) if loader is not None]
     with _restored(trainer, model, given):
         trainer.__dict__.update(
-            max_epochs=-1, min_epochs=0, min_steps=None, weights_summary=None, _max_time=None,
-            _profiles=False, _fold=None, _logger=_quiet(trainer._logger), callbacks=[],
+            max_epochs=-1, min_epochs=0, min_steps=None, weights_summary=None, _profiles=False,
+            _fold=None, _logger=_quiet(trainer._logger), callbacks=[],
         )  # fmt: skip
         trainer.__dict__.update(changes)
         if trainer._scaler is not None:
             trainer._scaler = type(trainer._scaler)(trainer._scaler._device)
-        trainer._attach(model, TrainerState.FITTING, TrainerFn.FITTING, datamodule, train,
-                        train=train, val=val, keep=False)  # fmt: skip
+        running.attach(trainer, model, TrainerState.FITTING, TrainerFn.FITTING, datamodule,
+                       keep=False, train=train, val=val)  # fmt: skip
         trainer.callbacks, trainer._hooks = callbacks, {}
-        with trainer._running("fit"):
-            trainer._fit(None, False)
+        with running.under_way(trainer, "fit"):
+            stages.fit_attached(trainer)
         interrupted = trainer.interrupted
         datamodule = trainer.datamodule
         samples = _samples(trainer._train_loader)
@@ -70,7 +70,7 @@ def trial(
 def attach(trainer: Any, model: Any, datamodule: Any) -> None:
     """Let a trainer and a module know each other, without a run."""
     if trainer._module is not model:
-        trainer._begin()
+        running.begin(trainer)
     trainer._module = model
     model.trainer = trainer
     if datamodule is not None:
