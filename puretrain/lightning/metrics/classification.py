@@ -9,6 +9,7 @@ from torch import Tensor
 
 from puretrain.lightning.metrics.functional import classification as counts
 from puretrain.lightning.metrics.functional import curves
+from puretrain.lightning.metrics.functional.inputs import check_threshold
 from puretrain.lightning.metrics.metric import Metric
 from puretrain.lightning.metrics.utils import dim_zero_cat
 from puretrain.lightning.utilities.distributed import rank_zero_warn
@@ -31,14 +32,32 @@ __all__ = [
 ]
 
 
-def _check_threshold(threshold: float) -> None:
-    if not 0 < threshold < 1:
-        raise ValueError(
-            f"The `threshold` should be a float in the (0,1) interval, got {threshold}"
-        )
+class _Share(Metric):
+    """What is right, of what there is."""
+
+    def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
+        """Begin with nothing."""
+        super().__init__(**kwargs)
+        check_threshold(threshold)
+        self.threshold = threshold
+        self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def _counts(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor | int]:
+        raise NotImplementedError
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        correct, total = self._counts(preds, target)
+        self.correct = self.correct + correct
+        self.total = self.total + total
+
+    def compute(self) -> Tensor:
+        """The fraction that is right."""
+        return self.correct.float() / self.total
 
 
-class Accuracy(Metric):
+class Accuracy(_Share):
     """The fraction of right predictions.
 
     >>> accuracy = Accuracy()
@@ -54,47 +73,26 @@ class Accuracy(Metric):
         **kwargs: Any,
     ) -> None:
         """Keep the arguments, which are those of the function, and of :class:`Metric`."""
-        super().__init__(**kwargs)
-        _check_threshold(threshold)
+        super().__init__(threshold, **kwargs)
         if top_k is not None and (not isinstance(top_k, int) or top_k <= 0):
             raise ValueError(f"The `top_k` should be an integer larger than 0, got {top_k}")
-        self.threshold, self.top_k, self.subset_accuracy = threshold, top_k, subset_accuracy
-        self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.top_k, self.subset_accuracy = top_k, subset_accuracy
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        correct, total = counts.accuracy_counts(
+    def _counts(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor | int]:
+        return counts.accuracy_counts(
             preds, target, self.threshold, self.top_k, self.subset_accuracy
         )
-        self.correct = self.correct + correct
-        self.total = self.total + total
-
-    def compute(self) -> Tensor:
-        """The accuracy."""
-        return self.correct.float() / self.total
 
 
-class HammingDistance(Metric):
+class HammingDistance(_Share):
     """The fraction of wrong labels."""
 
-    def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
-        """Keep the arguments, which are those of the function, and of :class:`Metric`."""
-        super().__init__(**kwargs)
-        _check_threshold(threshold)
-        self.threshold = threshold
-        self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        correct, total = counts.hamming_counts(preds, target, self.threshold)
-        self.correct = self.correct + correct
-        self.total = self.total + total
+    def _counts(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor | int]:
+        return counts.hamming_counts(preds, target, self.threshold)
 
     def compute(self) -> Tensor:
         """The distance."""
-        return 1 - self.correct.float() / self.total
+        return 1 - super().compute()
 
 
 class StatScores(Metric):
@@ -113,7 +111,7 @@ class StatScores(Metric):
     ) -> None:
         """Keep the arguments, which are those of the function, and of :class:`Metric`."""
         super().__init__(**kwargs)
-        _check_threshold(threshold)
+        check_threshold(threshold)
         counts.check_stat_arguments(reduce, mdmc_reduce, num_classes, ignore_index)
         self.threshold, self.top_k, self.reduce = threshold, top_k, reduce
         self.num_classes, self.ignore_index = num_classes, ignore_index
@@ -128,16 +126,9 @@ class StatScores(Metric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch."""
         found = counts.stat_counts(
-            preds,
-            target,
-            reduce=self.reduce,
-            mdmc_reduce=self.mdmc_reduce,
-            num_classes=self.num_classes,
-            top_k=self.top_k,
-            threshold=self.threshold,
-            is_multiclass=self.is_multiclass,
-            ignore_index=self.ignore_index,
-        )
+            preds, target, self.reduce, self.mdmc_reduce, self.num_classes, self.top_k,
+            self.threshold, self.is_multiclass, self.ignore_index,
+        )  # fmt: skip
         for name, value in zip(("tp", "fp", "tn", "fn"), found, strict=True):
             if self._kept:
                 getattr(self, name).append(value)
@@ -419,11 +410,7 @@ class AUROC(_Gathered):
     ) -> None:
         """Keep the arguments, which are those of the function, and of :class:`Metric`."""
         super().__init__(num_classes, pos_label, **kwargs)
-        if average not in (None, "macro", "weighted", "micro"):
-            raise ValueError(
-                "Argument `average` expected to be one of the following:"
-                f" (None, 'macro', 'weighted', 'micro') but got {average}"
-            )
+        curves.check_average(average)
         if max_fpr is not None and (not isinstance(max_fpr, float) or not 0 < max_fpr <= 1):
             raise ValueError(f"`max_fpr` should be a float in range (0, 1], got: {max_fpr}")
         self.average, self.max_fpr = average, max_fpr
@@ -446,14 +433,7 @@ class AUROC(_Gathered):
         preds, target = self._all()
         mode = curves.auroc_mode(preds, target) if self.mode is None else self.mode
         return curves.auroc_of(
-            preds,
-            target,
-            mode,
-            self.num_classes,
-            self.pos_label,
-            self.average,
-            self.max_fpr,
-            None,
+            preds, target, mode, self.num_classes, self.pos_label, self.average, self.max_fpr
         )
 
 

@@ -120,15 +120,7 @@ def accuracy(
     """
     average = class_reduction if average is _NOT_GIVEN else average
     if average in ("macro", "weighted", "none"):
-        return recall(
-            preds,
-            target,
-            average=average,
-            mdmc_average="global",
-            num_classes=num_classes,
-            threshold=threshold,
-            top_k=top_k,
-        )
+        return recall(preds, target, average, "global", None, num_classes, threshold, top_k)
     correct, total = accuracy_counts(preds, target, threshold, top_k, subset_accuracy)
     return correct.float() / total
 
@@ -165,12 +157,7 @@ def stat_counts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """True positives, false positives, true negatives and false negatives."""
     preds, target, _ = format_classification(
-        preds,
-        target,
-        threshold=threshold,
-        num_classes=num_classes,
-        is_multiclass=is_multiclass,
-        top_k=top_k,
+        preds, target, threshold, top_k, num_classes, is_multiclass
     )
     if ignore_index is not None and not 0 <= ignore_index < preds.shape[1]:
         raise ValueError(
@@ -226,11 +213,13 @@ def check_stat_arguments(
         raise ValueError(
             "When you set `reduce` as 'macro', you have to provide the number of classes."
         )
-    if (
-        num_classes
-        and ignore_index is not None
-        and (not 0 <= ignore_index < num_classes or num_classes == 1)
-    ):
+    _check_ignored(num_classes, ignore_index)
+
+
+def _check_ignored(num_classes: int | None, ignore_index: int | None) -> None:
+    if not num_classes or ignore_index is None:
+        return
+    if not 0 <= ignore_index < num_classes or num_classes == 1:
         raise ValueError(
             f"The `ignore_index` {ignore_index} is not valid for inputs with {num_classes} classes"
         )
@@ -277,19 +266,9 @@ def stat_scores(
     if class_index is not None:
         return _scores_of_class(preds, target, class_index, argmax_dim)
     check_stat_arguments(reduce, mdmc_reduce, num_classes, ignore_index)
-    return join_stat_scores(
-        *stat_counts(
-            preds,
-            target,
-            reduce=reduce,
-            mdmc_reduce=mdmc_reduce,
-            num_classes=num_classes,
-            top_k=top_k,
-            threshold=threshold,
-            is_multiclass=is_multiclass,
-            ignore_index=ignore_index,
-        )
-    )
+    counts = stat_counts(preds, target, reduce, mdmc_reduce, num_classes, top_k, threshold,
+                         is_multiclass, ignore_index)  # fmt: skip
+    return join_stat_scores(*counts)
 
 
 def _scores_of_class(
@@ -373,14 +352,7 @@ def check_average(
             "The `mdmc_average` has to be one of (None, 'samplewise', 'global'),"
             f" got {mdmc_average}."
         )
-    if (
-        num_classes
-        and ignore_index is not None
-        and (not 0 <= ignore_index < num_classes or num_classes == 1)
-    ):
-        raise ValueError(
-            f"The `ignore_index` {ignore_index} is not valid for inputs with {num_classes} classes"
-        )
+    _check_ignored(num_classes, ignore_index)
 
 
 def precision_of(tp: Tensor, fp: Tensor, fn: Tensor, average: Any, mdmc_average: Any) -> Tensor:
@@ -393,41 +365,6 @@ def recall_of(tp: Tensor, fp: Tensor, fn: Tensor, average: Any, mdmc_average: An
     """Recall from counts."""
     weights = tp + fn if average == "weighted" else None
     return reduce_fractions(tp, tp + fn, weights, average, mdmc_average)
-
-
-def _counts(
-    preds: Tensor,
-    target: Tensor,
-    average: Any,
-    mdmc_average: Any,
-    ignore_index: int | None,
-    num_classes: int | None,
-    threshold: float,
-    top_k: int | None,
-    is_multiclass: bool | None,
-    class_reduction: Any,
-) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
-    """Counts for an average, from the arguments of any version."""
-    if isinstance(average, int) and not isinstance(average, bool):
-        # once the third argument was the number of classes and the fourth the reduction
-        num_classes, average = average, mdmc_average or "micro"
-        mdmc_average = "global"
-    if class_reduction is not _NOT_GIVEN:
-        average, mdmc_average = class_reduction, mdmc_average or "global"
-    check_average(average, mdmc_average, num_classes, ignore_index)
-    over = average if average in ("micro", "samples") else "macro"
-    tp, fp, _, fn = stat_counts(
-        preds,
-        target,
-        reduce=over,
-        mdmc_reduce=mdmc_average,
-        num_classes=num_classes,
-        top_k=top_k,
-        threshold=threshold,
-        is_multiclass=is_multiclass,
-        ignore_index=ignore_index,
-    )
-    return tp, fp, fn, average, mdmc_average
 
 
 def precision(
@@ -463,19 +400,8 @@ def precision(
     >>> precision(preds, target, "none", num_classes=2)
     tensor([0.7500, 1.0000])
     """
-    tp, fp, fn, average, mdmc_average = _counts(
-        preds,
-        target,
-        average,
-        mdmc_average,
-        ignore_index,
-        num_classes,
-        threshold,
-        top_k,
-        is_multiclass,
-        class_reduction,
-    )
-    return precision_of(tp, fp, fn, average, mdmc_average)
+    return precision_recall(preds, target, average, mdmc_average, ignore_index, num_classes,
+                            threshold, top_k, is_multiclass, class_reduction)[0]  # fmt: skip
 
 
 def recall(
@@ -498,19 +424,8 @@ def recall(
     >>> recall(preds, target, "none", num_classes=2)
     tensor([1.0000, 0.5000])
     """
-    tp, fp, fn, average, mdmc_average = _counts(
-        preds,
-        target,
-        average,
-        mdmc_average,
-        ignore_index,
-        num_classes,
-        threshold,
-        top_k,
-        is_multiclass,
-        class_reduction,
-    )
-    return recall_of(tp, fp, fn, average, mdmc_average)
+    return precision_recall(preds, target, average, mdmc_average, ignore_index, num_classes,
+                            threshold, top_k, is_multiclass, class_reduction)[1]  # fmt: skip
 
 
 def precision_recall(
@@ -530,18 +445,16 @@ def precision_recall(
     >>> precision_recall(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), "macro", num_classes=2)
     (tensor(0.7500), tensor(0.7500))
     """
-    tp, fp, fn, average, mdmc_average = _counts(
-        preds,
-        target,
-        average,
-        mdmc_average,
-        ignore_index,
-        num_classes,
-        threshold,
-        top_k,
-        is_multiclass,
-        class_reduction,
-    )
+    if isinstance(average, int) and not isinstance(average, bool):
+        # once the third argument was the number of classes and the fourth the reduction
+        num_classes, average = average, mdmc_average or "micro"
+        mdmc_average = "global"
+    if class_reduction is not _NOT_GIVEN:
+        average, mdmc_average = class_reduction, mdmc_average or "global"
+    check_average(average, mdmc_average, num_classes, ignore_index)
+    over = average if average in ("micro", "samples") else "macro"
+    tp, fp, _, fn = stat_counts(preds, target, over, mdmc_average, num_classes, top_k, threshold,
+                                is_multiclass, ignore_index)  # fmt: skip
     return (
         precision_of(tp, fp, fn, average, mdmc_average),
         recall_of(tp, fp, fn, average, mdmc_average),

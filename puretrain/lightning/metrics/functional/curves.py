@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puretrain.lightning.metrics.functional.inputs import DataType, format_classification
+from puretrain.lightning.metrics.functional.inputs import (
+    DataType,
+    format_classification,
+    has_class_scores,
+)
 from puretrain.lightning.utilities.distributed import rank_zero_warn
 
 __all__ = [
@@ -47,7 +51,7 @@ def curve_inputs(
     preds: Tensor, target: Tensor, num_classes: int | None = None, pos_label: int | None = None
 ) -> tuple[Tensor, Tensor, int, int | None]:
     """Scores ``(N,)`` or ``(N, C)``, classes ``(N,)``, the number of classes, the positive one."""
-    if preds.ndim == target.ndim:
+    if not has_class_scores(preds, target):
         if num_classes is not None and num_classes != 1:
             raise ValueError(
                 "Preds and target have equal shape, but number of classes is different from 1."
@@ -56,26 +60,20 @@ def curve_inputs(
             rank_zero_warn("`pos_label` automatically set 1.")
             pos_label = 1
         return preds.flatten(), target.flatten(), 1, pos_label
-    if preds.ndim == target.ndim + 1:
-        if pos_label is not None:
-            rank_zero_warn(
-                "Argument `pos_label` should be `None` when running multiclass precision recall"
-                f" curve. Got {pos_label}"
-            )
-        if num_classes is None:
-            num_classes = preds.shape[1]
-        if num_classes != preds.shape[1]:
-            raise ValueError(
-                f"Argument `num_classes` was set to {num_classes} in"
-                f" metric `precision_recall_curve` but detected {preds.shape[1]}"
-                " number of classes from predictions"
-            )
-        preds = preds.transpose(0, 1).reshape(num_classes, -1).transpose(0, 1)
-        return preds, target.flatten(), num_classes, None
-    raise ValueError(
-        "preds and target must have same number of dimensions,"
-        " or one additional dimension for preds"
-    )
+    if pos_label is not None:
+        rank_zero_warn(
+            "Argument `pos_label` should be `None` when running multiclass precision recall"
+            f" curve. Got {pos_label}"
+        )
+    classes = preds.shape[1]
+    if num_classes not in (None, classes):
+        raise ValueError(
+            f"Argument `num_classes` was set to {num_classes} in"
+            f" metric `precision_recall_curve` but detected {classes}"
+            " number of classes from predictions"
+        )
+    preds = preds.transpose(0, 1).reshape(classes, -1).transpose(0, 1)
+    return preds, target.flatten(), classes, None
 
 
 def _of_classes(
@@ -276,6 +274,15 @@ def auroc_mode(preds: Tensor, target: Tensor) -> DataType:
     return kind
 
 
+def check_average(average: str | None) -> None:
+    """Refuse averages that do not exist."""
+    if average not in (None, "none", "macro", "weighted", "micro"):
+        raise ValueError(
+            "Argument `average` expected to be one of the following:"
+            f" (None, 'macro', 'weighted', 'micro') but got {average}"
+        )
+
+
 def auroc_of(
     preds: Tensor,
     target: Tensor,
@@ -284,14 +291,10 @@ def auroc_of(
     pos_label: int | None,
     average: str | None,
     max_fpr: float | None,
-    sample_weights: Any,
+    sample_weights: Any = None,
 ) -> Tensor:
     """See :func:`auroc`."""
-    if average not in (None, "none", "macro", "weighted", "micro"):
-        raise ValueError(
-            "Argument `average` expected to be one of the following:"
-            f" (None, 'macro', 'weighted', 'micro') but got {average}"
-        )
+    check_average(average)
     if max_fpr is not None and (mode != DataType.BINARY or not 0 < max_fpr <= 1):
         raise ValueError(
             "Partial AUC computation not available in multilabel/multiclass setting,"

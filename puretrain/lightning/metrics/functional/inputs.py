@@ -8,7 +8,13 @@ from torch import Tensor
 from puretrain.lightning.metrics.utils import select_topk, to_onehot
 from puretrain.lightning.utilities.enums import LightningEnum
 
-__all__ = ["DataType", "format_classification", "format_one_hot"]
+__all__ = [
+    "DataType",
+    "check_threshold",
+    "format_classification",
+    "format_one_hot",
+    "has_class_scores",
+]
 
 
 class DataType(LightningEnum):
@@ -18,6 +24,28 @@ class DataType(LightningEnum):
     MULTILABEL = "multi-label"
     MULTICLASS = "multi-class"
     MULTIDIM_MULTICLASS = "multi-dim multi-class"
+
+
+def has_class_scores(preds: Tensor, target: Tensor) -> bool:
+    """Whether predictions have a dimension more than the targets, that of the classes.
+
+    Raises:
+        ValueError: the numbers of dimensions do not fit.
+    """
+    if preds.ndim not in (target.ndim, target.ndim + 1):
+        raise ValueError(
+            "preds and target must have same number of dimensions,"
+            " or one additional dimension for preds"
+        )
+    return preds.ndim > target.ndim
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse thresholds that are no probability, or leave no choice."""
+    if not 0 < threshold < 1:
+        raise ValueError(
+            f"The `threshold` should be a float in the (0,1) interval, got {threshold}"
+        )
 
 
 def _squeezed(tensor: Tensor) -> Tensor:
@@ -86,10 +114,7 @@ def _check(
                 "The `preds` should be probabilities, but values were detected outside of [0,1]"
                 " range."
             )
-        if not 0 < threshold < 1:
-            raise ValueError(
-                f"The `threshold` should be a float in the (0,1) interval, got {threshold}"
-            )
+        check_threshold(threshold)
     if is_multiclass is False and target.numel() and target.max() > 1:
         raise ValueError("If you set `is_multiclass=False`, then `target` should be binary.")
     several = kind in (DataType.MULTICLASS, DataType.MULTIDIM_MULTICLASS)
@@ -200,12 +225,7 @@ def format_one_hot(
     Raises:
         ValueError: the numbers of dimensions do not fit.
     """
-    if preds.ndim not in (target.ndim, target.ndim + 1):
-        raise ValueError(
-            "preds and target must have same number of dimensions,"
-            " or one additional dimension for preds"
-        )
-    if preds.ndim == target.ndim + 1:
+    if has_class_scores(preds, target):
         preds = torch.argmax(preds, dim=1)
     preds = preds.long() if preds.dtype == torch.bool else preds
     if preds.is_floating_point():
