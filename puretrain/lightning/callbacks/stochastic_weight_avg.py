@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
 from puretrain.lightning.callbacks.base import Callback
+from puretrain.lightning.trainer.optimization import scheduler_config
 from puretrain.lightning.trainer.transfer import moved
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 
@@ -105,17 +106,7 @@ class StochasticWeightAveraging(Callback):
             anneal_strategy=self._annealing_strategy,
             last_epoch=trainer.max_epochs if cosine else -1,
         )
-        config = {
-            "scheduler": self._scheduler,
-            "name": None,
-            "interval": "epoch",
-            "frequency": 1,
-            "reduce_on_plateau": False,
-            "monitor": None,
-            "strict": True,
-            "opt_idx": None,
-        }
-        trainer.lr_schedulers[:] = [config]
+        trainer.lr_schedulers[:] = [scheduler_config(self._scheduler)]
         trainer._unmonitored = {"step": False, "epoch": True}
         trainer._monitored = {"step": False, "epoch": False}
 

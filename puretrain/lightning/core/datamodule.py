@@ -6,6 +6,7 @@ import functools
 import inspect
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +30,12 @@ def _mark(data: Any, hook: str, stage: str | None) -> None:
     for each in _STAGES if stage is None else (getattr(stage, "value", stage),):
         if each in _STAGES:
             setattr(data, f"_has_{hook}_{each}", True)
+
+
+def _ran(hook: str, stage: str) -> property:
+    """Whether a hook ran for a stage."""
+    name, doc = f"_has_{hook}_{stage}", f'Whether ``{hook}("{stage}")`` ran.'
+    return property(lambda self: getattr(self, name, False), doc=doc)
 
 
 def _tracked(method: Callable[..., Any], hook: str) -> Callable[..., Any]:
@@ -63,16 +70,17 @@ class LightningDataModule(CheckpointHooks, DataHooks):
     allow_zero_length_dataloader_with_multiple_devices: bool = False
 
     _has_prepared_data = False
-    _has_setup_fit = _has_setup_validate = _has_setup_test = _has_setup_predict = False
-    _has_teardown_fit = _has_teardown_validate = _has_teardown_test = False
-    _has_teardown_predict = False
     _log_hyperparams = True
     trainer: Any = None
 
-    _train_transforms: Any = None
-    _val_transforms: Any = None
-    _test_transforms: Any = None
-    _dims: Any = ()
+    train_transforms: Any = None
+    """What to do with the training samples."""
+    val_transforms: Any = None
+    """What to do with the validation samples."""
+    test_transforms: Any = None
+    """What to do with the test samples."""
+    dims: Any = ()
+    """The shape of a sample."""
 
     def __init__(
         self,
@@ -90,14 +98,9 @@ class LightningDataModule(CheckpointHooks, DataHooks):
             dims: the shape of a sample.
         """
         super().__init__()
-        if train_transforms is not None:
-            self._train_transforms = train_transforms
-        if val_transforms is not None:
-            self._val_transforms = val_transforms
-        if test_transforms is not None:
-            self._test_transforms = test_transforms
-        if dims is not None:
-            self._dims = dims
+        names = ("train_transforms", "val_transforms", "test_transforms", "dims")
+        given = zip(names, (train_transforms, val_transforms, test_transforms, dims), strict=True)
+        vars(self).update({name: value for name, value in given if value is not None})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,94 +127,27 @@ class LightningDataModule(CheckpointHooks, DataHooks):
         """Give up what :meth:`setup` made."""
         _mark(self, "teardown", stage)
 
-    @property
-    def has_prepared_data(self) -> bool:
-        """Whether ``prepare_data`` ran."""
-        return self._has_prepared_data
-
-    @property
-    def has_setup_fit(self) -> bool:
-        """Whether ``setup("fit")`` ran."""
-        return self._has_setup_fit
-
-    @property
-    def has_setup_validate(self) -> bool:
-        """Whether ``setup("validate")`` ran."""
-        return self._has_setup_validate
-
-    @property
-    def has_setup_test(self) -> bool:
-        """Whether ``setup("test")`` ran."""
-        return self._has_setup_test
-
-    @property
-    def has_setup_predict(self) -> bool:
-        """Whether ``setup("predict")`` ran."""
-        return self._has_setup_predict
-
-    @property
-    def has_teardown_fit(self) -> bool:
-        """Whether ``teardown("fit")`` ran."""
-        return self._has_teardown_fit
-
-    @property
-    def has_teardown_validate(self) -> bool:
-        """Whether ``teardown("validate")`` ran."""
-        return self._has_teardown_validate
-
-    @property
-    def has_teardown_test(self) -> bool:
-        """Whether ``teardown("test")`` ran."""
-        return self._has_teardown_test
-
-    @property
-    def has_teardown_predict(self) -> bool:
-        """Whether ``teardown("predict")`` ran."""
-        return self._has_teardown_predict
-
-    # ── Transforms and shapes ─────────────────────────────────────────────────────────────────────
-
-    @property
-    def train_transforms(self) -> Any:
-        """What to do with the training samples."""
-        return self._train_transforms
-
-    @train_transforms.setter
-    def train_transforms(self, transforms: Any) -> None:
-        self._train_transforms = transforms
-
-    @property
-    def val_transforms(self) -> Any:
-        """What to do with the validation samples."""
-        return self._val_transforms
-
-    @val_transforms.setter
-    def val_transforms(self, transforms: Any) -> None:
-        self._val_transforms = transforms
-
-    @property
-    def test_transforms(self) -> Any:
-        """What to do with the test samples."""
-        return self._test_transforms
-
-    @test_transforms.setter
-    def test_transforms(self, transforms: Any) -> None:
-        self._test_transforms = transforms
-
-    @property
-    def dims(self) -> Any:
-        """The shape of a sample, an empty tuple if nobody set it."""
-        return self._dims
-
-    @dims.setter
-    def dims(self, dims: Any) -> None:
-        self._dims = dims
+    has_prepared_data = property(lambda self: self._has_prepared_data)
+    """Whether ``prepare_data`` ran."""
+    has_setup_fit, has_setup_validate, has_setup_test, has_setup_predict = map(
+        partial(_ran, "setup"), _STAGES
+    )
+    has_teardown_fit, has_teardown_validate, has_teardown_test, has_teardown_predict = map(
+        partial(_ran, "teardown"), _STAGES
+    )
 
     def size(self, dim: int | None = None) -> Any:
         """The shape of a sample, or one of its lengths."""
         return self.dims if dim is None else self.dims[dim]
 
     # ── Making one ────────────────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    def _of(cls, given: Mapping[str, Any]) -> Self:
+        """One made with those of some arguments that ``__init__`` takes."""
+        accepted = inspect.signature(cls.__init__).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        return cls(**{k: v for k, v in given.items() if takes_all or k in accepted})
 
     @classmethod
     def from_datasets(
@@ -252,15 +188,13 @@ class LightningDataModule(CheckpointHooks, DataHooks):
                 return [loader(each, shuffle) for each in datasets]
             return loader(datasets, shuffle)
 
-        accepted = inspect.signature(cls.__init__).parameters
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        data = cls(**{k: v for k, v in kwargs.items() if takes_all or k in accepted})
+        data = cls._of(kwargs)
         given = {"val": val_dataset, "test": test_dataset, "predict": predict_dataset}
         if train_dataset is not None:
             data.train_dataloader = lambda: loaders(train_dataset, True)  # type: ignore[method-assign]
         for stage, datasets in given.items():
             if datasets is not None:
-                setattr(data, f"{stage}_dataloader", functools.partial(loaders, datasets))
+                setattr(data, f"{stage}_dataloader", partial(loaders, datasets))
         return data
 
     @classmethod
@@ -307,9 +241,7 @@ class LightningDataModule(CheckpointHooks, DataHooks):
         if hparams_file is not None:
             hparams |= load_hparams_from_yaml(hparams_file)
         hparams |= kwargs
-        accepted = inspect.signature(cls.__init__).parameters
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        data = cls(**{k: v for k, v in hparams.items() if takes_all or k in accepted})
+        data = cls._of(hparams)
         if cls.__qualname__ in checkpoint:
             data.load_state_dict(checkpoint[cls.__qualname__])
         data.on_load_checkpoint(checkpoint)
@@ -337,19 +269,8 @@ class LightningDataModule(CheckpointHooks, DataHooks):
         frame = frame or (current.f_back if current is not None else None)
         parsing.save_hyperparameters(self, *args, ignore=ignore, frame=frame)
 
-    @property
-    def hparams(self) -> Any:
-        """The hyper-parameters."""
-        return parsing.hyperparameters(self)
-
-    @hparams.setter
-    def hparams(self, hparams: Any) -> None:
-        parsing.assign_hyperparameters(self, hparams)
-
-    @property
-    def hparams_initial(self) -> parsing.AttributeDict:
-        """A copy of the hyper-parameters as they were saved first."""
-        return parsing.initial_hyperparameters(self)
+    hparams = property(parsing.hyperparameters, parsing.assign_hyperparameters)
+    hparams_initial = property(parsing.initial_hyperparameters)
 
     @property
     def hparams_name(self) -> str | None:

@@ -206,19 +206,8 @@ class LightningModule(ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     def precision(self, precision: Any) -> None:
         self._precision = precision
 
-    @property
-    def hparams(self) -> Any:
-        """The hyper-parameters."""
-        return parsing.hyperparameters(self)
-
-    @hparams.setter
-    def hparams(self, hparams: Any) -> None:
-        parsing.assign_hyperparameters(self, hparams)
-
-    @property
-    def hparams_initial(self) -> Any:
-        """The hyper-parameters as they were saved first."""
-        return parsing.initial_hyperparameters(self)
+    hparams = property(parsing.hyperparameters, parsing.assign_hyperparameters)
+    hparams_initial = property(parsing.initial_hyperparameters)
 
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: Any = None, logger: bool = True

@@ -85,6 +85,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _place(file: str | os.PathLike[str]) -> tuple[str, Any]:
+    """A file's path and file system; its folder must be there."""
+    path = os.fspath(file)
+    system = get_filesystem(path)
+    folder = os.path.dirname(path) or "."
+    if not system.isdir(folder):
+        raise RuntimeError(f"Missing folder: {folder}.")
+    return path, system
+
+
 def save_hparams_to_yaml(
     config_yaml: str | os.PathLike[str],
     hparams: dict[str, Any] | Namespace | Any,
@@ -101,11 +111,7 @@ def save_hparams_to_yaml(
         RuntimeError: the directory does not exist.
         TypeError: the hyper-parameters have no names.
     """
-    path = os.fspath(config_yaml)
-    system = get_filesystem(path)
-    folder = os.path.dirname(path) or "."
-    if not system.isdir(folder):
-        raise RuntimeError(f"Missing folder: {folder}.")
+    path, system = _place(config_yaml)
     if use_omegaconf and (text := _omegaconf_text(hparams)) is not None:
         with system.open(path, "w", newline="") as file:
             file.write(text)
@@ -173,11 +179,7 @@ def save_hparams_to_tags_csv(
     Raises:
         RuntimeError: the directory does not exist.
     """
-    path = os.fspath(tags_csv)
-    system = get_filesystem(path)
-    folder = os.path.dirname(path) or "."
-    if not system.isdir(folder):
-        raise RuntimeError(f"Missing folder: {folder}.")
+    path, system = _place(tags_csv)
     if isinstance(hparams, Namespace):
         hparams = vars(hparams)
     with system.open(path, "w", newline="") as file:

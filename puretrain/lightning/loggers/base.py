@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from puretrain.lightning.utilities.distributed import rank_zero_only
+from puretrain.lightning.utilities.imports import _module_available
 
 __all__ = [
     "DummyExperiment",
@@ -468,6 +469,67 @@ def merge_dicts(
             value = (function or default_func)(values)
             merged[key] = value.item() if isinstance(value, np.generic) else value
     return merged
+
+
+def require(package: str) -> None:
+    """See that the client of a service is installed.
+
+    Raises:
+        ImportError: it is not.
+    """
+    if not _module_available(package):
+        raise ImportError(
+            f"You want to use `{package}` logger which is not installed yet,"
+            f" install it with `pip install {package.replace('_', '-')}`."
+        )
+
+
+class FolderLogger(LightningLoggerBase):
+    """A logger that writes files: those of each version into a folder of their own."""
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        name: str | None,
+        version: int | str | None,
+        prefix: str,
+    ) -> None:
+        """Write nothing before the first use."""
+        super().__init__()
+        self._save_dir = os.fspath(save_dir)
+        self._name, self._version, self._prefix = name or "", version, prefix
+        self._experiment: Any = None
+
+    @property
+    def save_dir(self) -> str:
+        """Where the experiments are."""
+        return self._save_dir
+
+    @property
+    def root_dir(self) -> str:
+        """The directory of all versions."""
+        return os.path.join(self.save_dir, self.name) if self.name else self.save_dir
+
+    @property
+    def log_dir(self) -> str:
+        """The directory of this version."""
+        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
+        return os.path.join(self.root_dir, version)
+
+    @property
+    def name(self) -> str:
+        """The name of the experiment."""
+        return self._name
+
+    @property
+    def version(self) -> int | str:
+        """The version: a number, or the directory's name."""
+        if self._version is None:
+            self._version = self._get_next_version()
+        return self._version
+
+    def _get_next_version(self) -> int:
+        return next_version(self.root_dir)
 
 
 def next_version(root_dir: str) -> int:

@@ -6,10 +6,9 @@ import os
 from argparse import Namespace
 from typing import Any
 
-from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment
+from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment, require
 from puretrain.lightning.utilities.distributed import rank_zero_only
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
-from puretrain.lightning.utilities.imports import _module_available
 
 __all__ = ["CometLogger"]
 
@@ -48,11 +47,7 @@ class CometLogger(LightningLoggerBase):
             ImportError: the client is not installed.
             MisconfigurationException: there is neither a key nor a directory.
         """
-        if not _module_available("comet_ml"):
-            raise ImportError(
-                "You want to use `comet_ml` logger which is not installed yet,"
-                " install it with `pip install comet-ml`."
-            )
+        require("comet_ml")
         super().__init__()
         self.api_key = api_key or os.environ.get("COMET_API_KEY")
         self.rest_api_key = rest_api_key

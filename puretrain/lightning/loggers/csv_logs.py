@@ -11,8 +11,7 @@ from torch import Tensor
 
 from puretrain.lightning.core.saving import save_hparams_to_yaml
 from puretrain.lightning.loggers.base import (
-    LightningLoggerBase,
-    next_version,
+    FolderLogger,
     rank_zero_experiment,
 )
 from puretrain.lightning.utilities.distributed import rank_zero_only, rank_zero_warn
@@ -80,7 +79,7 @@ class ExperimentWriter:
         self._written, self._columns = len(self.metrics), columns
 
 
-class CSVLogger(LightningLoggerBase):
+class CSVLogger(FolderLogger):
     """Writes ``metrics.csv`` and ``hparams.yaml`` to ``save_dir/name/version_N/``."""
 
     LOGGER_JOIN_CHAR = "-"
@@ -104,29 +103,8 @@ class CSVLogger(LightningLoggerBase):
             flush_logs_every_n_steps: accepted because programs pass it; the Trainer decides when
                 to save.
         """
-        super().__init__()
-        self._save_dir = os.fspath(save_dir)
-        self._name = name or ""
-        self._version = version
-        self._prefix = prefix
+        super().__init__(save_dir, name, version, prefix)
         self._flush_logs_every_n_steps = flush_logs_every_n_steps
-        self._experiment: ExperimentWriter | None = None
-
-    @property
-    def root_dir(self) -> str:
-        """The directory of all versions."""
-        return os.path.join(self.save_dir, self.name) if self.name else self.save_dir
-
-    @property
-    def log_dir(self) -> str:
-        """The directory of this version."""
-        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        return os.path.join(self.root_dir, version)
-
-    @property
-    def save_dir(self) -> str:
-        """Where the experiments are."""
-        return self._save_dir
 
     @property
     @rank_zero_experiment
@@ -159,18 +137,3 @@ class CSVLogger(LightningLoggerBase):
     def finalize(self, status: str) -> None:
         """Write both files."""
         self.save()
-
-    @property
-    def name(self) -> str:
-        """The name of the experiment."""
-        return self._name
-
-    @property
-    def version(self) -> int | str:
-        """The version: a number, or the directory's name."""
-        if self._version is None:
-            self._version = self._get_next_version()
-        return self._version
-
-    def _get_next_version(self) -> int:
-        return next_version(self.root_dir)

@@ -8,9 +8,8 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment
+from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment, require
 from puretrain.lightning.utilities.distributed import rank_zero_only, rank_zero_warn
-from puretrain.lightning.utilities.imports import _module_available
 
 __all__ = ["MLFlowLogger"]
 
@@ -50,11 +49,7 @@ class MLFlowLogger(LightningLoggerBase):
         Raises:
             ImportError: the client is not installed.
         """
-        if not _module_available("mlflow"):
-            raise ImportError(
-                "You want to use `mlflow` logger which is not installed yet,"
-                " install it with `pip install mlflow`."
-            )
+        require("mlflow")
         super().__init__()
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         self._experiment_name = experiment_name

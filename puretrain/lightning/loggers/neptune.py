@@ -5,9 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment
+from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment, require
 from puretrain.lightning.utilities.distributed import rank_zero_only
-from puretrain.lightning.utilities.imports import _module_available
 
 __all__ = ["NeptuneLogger"]
 
@@ -46,11 +45,7 @@ class NeptuneLogger(LightningLoggerBase):
         Raises:
             ImportError: the client is not installed.
         """
-        if not _module_available("neptune"):
-            raise ImportError(
-                "You want to use `neptune` logger which is not installed yet,"
-                " install it with `pip install neptune`."
-            )
+        require("neptune")
         super().__init__()
         self._run = run
         self._prefix = prefix

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from puretrain.lightning.core.saving import save_hparams_to_yaml
 from puretrain.lightning.loggers.base import (
-    LightningLoggerBase,
+    FolderLogger,
     next_version,
     rank_zero_experiment,
 )
@@ -20,7 +20,7 @@ from puretrain.lightning.utilities.distributed import rank_zero_only, rank_zero_
 __all__ = ["TensorBoardLogger"]
 
 
-class TensorBoardLogger(LightningLoggerBase):
+class TensorBoardLogger(FolderLogger):
     """Writes event files to ``save_dir/name/version_N/``, and the hyper-parameters beside them."""
 
     NAME_HPARAMS_FILE = "hparams.yaml"
@@ -52,37 +52,21 @@ class TensorBoardLogger(LightningLoggerBase):
             sub_dir: a directory below that of the version, for the event files.
             **kwargs: go to :class:`torch.utils.tensorboard.SummaryWriter`.
         """
-        super().__init__()
-        self._save_dir = os.fspath(save_dir)
-        self._name = name or ""
-        self._version = version
+        super().__init__(save_dir, name, version, prefix)
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph = log_graph
         self._default_hp_metric = default_hp_metric
-        self._prefix = prefix
-        self._experiment: Any = None
         self.hparams: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
         self._kwargs = kwargs
 
     @property
-    def root_dir(self) -> str:
-        """The directory of all versions."""
-        return os.path.join(self.save_dir, self.name) if self.name else self.save_dir
-
-    @property
     def log_dir(self) -> str:
         """The directory of this version, or ``sub_dir`` in it."""
-        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        path = os.path.join(self.root_dir, version)
+        path = super().log_dir
         if isinstance(self.sub_dir, str):
             path = os.path.join(path, self.sub_dir)
         return os.path.expanduser(os.path.expandvars(path))
-
-    @property
-    def save_dir(self) -> str:
-        """Where the experiments are."""
-        return self._save_dir
 
     @property
     def sub_dir(self) -> str | None:
@@ -203,18 +187,6 @@ class TensorBoardLogger(LightningLoggerBase):
             self._experiment.close()
         else:
             self.save()
-
-    @property
-    def name(self) -> str:
-        """The name of the experiment."""
-        return self._name
-
-    @property
-    def version(self) -> int | str:
-        """The version: a number, or the directory's name."""
-        if self._version is None:
-            self._version = self._get_next_version()
-        return self._version
 
     def _get_next_version(self) -> int:
         return next_version(os.path.expanduser(os.path.expandvars(self.root_dir)))

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment
+from puretrain.lightning.loggers.base import LightningLoggerBase, rank_zero_experiment, require
 from puretrain.lightning.utilities.distributed import rank_zero_only
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
-from puretrain.lightning.utilities.imports import _module_available
 
 __all__ = ["WandbLogger"]
 
@@ -57,11 +56,7 @@ class WandbLogger(LightningLoggerBase):
             ImportError: the client is not installed.
             MisconfigurationException: offline runs can't upload checkpoints.
         """
-        if not _module_available("wandb"):
-            raise ImportError(
-                "You want to use `wandb` logger which is not installed yet,"
-                " install it with `pip install wandb`."
-            )
+        require("wandb")
         if offline and log_model:
             raise MisconfigurationException(
                 f"Providing log_model={log_model} and offline={offline} is an invalid configuration"

@@ -8,8 +8,8 @@ written for different versions of the interface all work.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "call",
     "call_module",
     "call_the_rest",
+    "calling",
+    "counts_of",
     "hooks_of",
     "implements",
     "is_late",
@@ -126,6 +128,15 @@ def hooks_of(trainer: Any, name: str) -> Hooks | None:
     return found
 
 
+def counts_of(trainer: Any, name: str) -> list[int]:
+    """How many arguments, after trainer and module, each of those takes who have a hook."""
+    hooks = hooks_of(trainer, name)
+    if hooks is None:
+        return []
+    own = [] if hooks.module is None else [hooks.module]
+    return [count for _, count in (*hooks.callbacks, *hooks.last, *own)]
+
+
 _AFTER_MODULE = {"on_train_epoch_end", "on_train_batch_end", "on_validation_epoch_end"}
 # the module's methods of these names take other arguments, and are called where they are due
 _CALLBACKS_ONLY = {"on_init_start", "on_init_end", "setup", "teardown"}
@@ -202,12 +213,18 @@ def call_the_rest(trainer: Any, name: str, *arguments: Any) -> None:
     trainer._fx = before
 
 
-def call_module(trainer: Any, name: str, *arguments: Any) -> Any:
-    """Call a method of the module alone, as the hook of its name."""
-    before = trainer._fx
-    trainer._fx = name
+@contextmanager
+def calling(trainer: Any, name: str) -> Iterator[None]:
+    """Let what is logged in a block be that of a hook."""
+    before, trainer._fx = trainer._fx, name
     try:
-        method = getattr(trainer._module, name)
-        return method(*arguments[: takes(method)])
+        yield
     finally:
         trainer._fx = before
+
+
+def call_module(trainer: Any, name: str, *arguments: Any) -> Any:
+    """Call a method of the module alone, as the hook of its name."""
+    with calling(trainer, name):
+        method = getattr(trainer._module, name)
+        return method(*arguments[: takes(method)])

@@ -17,7 +17,7 @@ from torch import Tensor
 from puretrain.checkpoint.lightning import loop_counters
 from puretrain.errors import CheckpointError
 from puretrain.lightning.trainer import loaders, training
-from puretrain.lightning.trainer.calls import implements, state_key_of, takes
+from puretrain.lightning.trainer.calls import calling, implements, state_key_of, takes
 from puretrain.lightning.trainer.checkpoint_file import Opaque, read, write
 from puretrain.lightning.trainer.results import metric_states, restore_metric_states
 from puretrain.lightning.utilities.distributed import rank_zero_warn
@@ -29,6 +29,9 @@ __all__ = ["CallbackStates", "dump", "load_module", "restore_fit", "restore_weig
 _HPARAMS = "hyper_parameters"
 _PLACE = "puretrain"
 _SCALER = "native_amp_scaling_state"
+_COUNTERS = (
+    "due", "steps_done", "updates", "total_batches", "batches_of_epoch", "accumulating",
+)  # fmt: skip
 
 
 class CallbackStates(dict[str, Any]):
@@ -66,9 +69,8 @@ def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
         "epoch": trainer.current_epoch + 1 if trainer._steps_done else trainer.current_epoch,
         "global_step": trainer._steps_done,
         "pytorch-lightning_version": __version__,
-        "state_dict": module.state_dict(),
+        "state_dict": dict(module.state_dict()),
     }
-    checkpoint["state_dict"] = dict(checkpoint["state_dict"])
     if not weights_only:
         checkpoint["callbacks"] = _callback_states(trainer, checkpoint)
         checkpoint["optimizer_states"] = [o.state_dict() for o in trainer.optimizers]
@@ -96,16 +98,11 @@ def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
             state = trainer.datamodule.state_dict()
             if state:
                 checkpoint[type(trainer.datamodule).__qualname__] = state
-    before, trainer._fx = trainer._fx, "on_save_checkpoint"
-    try:
-        if not weights_only:
-            for owner in (trainer.datamodule,):
-                if owner is not None and implements(owner, "on_save_checkpoint"):
-                    owner.on_save_checkpoint(checkpoint)
+    with calling(trainer, "on_save_checkpoint"):
+        if not weights_only and implements(trainer.datamodule, "on_save_checkpoint"):
+            trainer.datamodule.on_save_checkpoint(checkpoint)
         if implements(module, "on_save_checkpoint"):
             module.on_save_checkpoint(checkpoint)
-    finally:
-        trainer._fx = before
     return checkpoint
 
 
@@ -115,8 +112,7 @@ def _plain(hparams: Any) -> dict[str, Any]:
 
 def _callback_states(trainer: Any, checkpoint: dict[str, Any]) -> CallbackStates:
     states = CallbackStates()
-    before, trainer._fx = trainer._fx, "on_save_checkpoint"
-    try:
+    with calling(trainer, "on_save_checkpoint"):
         for callback in trainer.callbacks:
             state = None
             if implements(callback, "state_dict"):
@@ -127,8 +123,6 @@ def _callback_states(trainer: Any, checkpoint: dict[str, Any]) -> CallbackStates
                 state = given or state
             if state:
                 states[state_key_of(callback)] = state
-    finally:
-        trainer._fx = before
     return states
 
 
@@ -153,13 +147,8 @@ def _position(trainer: Any, *, in_epoch: bool) -> dict[str, Any]:
             "source": state.cursor.source,
         },
         "generators": generators,
-        "due": trainer._due,
+        **{name: getattr(trainer, f"_{name}") for name in _COUNTERS},
         "called": list(trainer._called) if trainer._due >= training.EPOCH_ENDED else [],
-        "steps_done": trainer._steps_done,
-        "updates": trainer._updates,
-        "total_batches": trainer._total_batches,
-        "batches_of_epoch": trainer._batches_of_epoch,
-        "accumulating": trainer._accumulating,
         "is_last": trainer._item_is_last,
         "grads": grads,
         "metrics": metrics,
@@ -231,7 +220,7 @@ def restore_weights(trainer: Any, path: Any) -> None:
 
 def _load_module_state(trainer: Any, checkpoint: dict[str, Any]) -> None:
     module = trainer._module
-    if trainer.datamodule is not None and implements(trainer.datamodule, "on_load_checkpoint"):
+    if implements(trainer.datamodule, "on_load_checkpoint"):
         trainer.datamodule.on_load_checkpoint(checkpoint)
     if implements(module, "on_load_checkpoint"):
         module.on_load_checkpoint(checkpoint)
@@ -266,14 +255,9 @@ def restore_fit(trainer: Any, path: Any, state: TrainState) -> TrainState:
     trainer._steps_done = trainer.global_step = int(checkpoint["global_step"])
     if place is None:
         return _from_lightning(trainer, checkpoint, state)
-    trainer._due = place["due"]
+    vars(trainer).update({f"_{name}": place[name] for name in _COUNTERS})
     trainer._called = list(place.get("called", ()))
-    trainer._steps_done = place["steps_done"]
     trainer.global_step = trainer._steps_done
-    trainer._updates = place["updates"]
-    trainer._total_batches = place["total_batches"]
-    trainer._batches_of_epoch = place["batches_of_epoch"]
-    trainer._accumulating = place["accumulating"]
     trainer._item_is_last = place["is_last"]
     trainer._callback_metrics = dict(place["metrics"])
     trainer._train_results.restore(place["results"], module)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from torch.utils.data import (
 )
 
 from puretrain.lightning.trainer.devices import Plan
-from puretrain.lightning.trainer.foreign import OneProcess
 from puretrain.lightning.trainer.supporters import PredictionCollection
 from puretrain.lightning.utilities.apply_func import apply_to_collection
 from puretrain.lightning.utilities.distributed import rank_zero_only, rank_zero_warn, sync_ddp
@@ -120,7 +120,7 @@ def take_ranks(trainer: Any) -> None:
     trainer._processes.root_device = trainer._device
 
 
-class Processes(OneProcess):
+class Processes:
     """Stands for ``trainer.strategy``, and does for the trainer what needs all processes.
 
     Before they are connected, and with one process, everything is what one process does.
@@ -128,8 +128,7 @@ class Processes(OneProcess):
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         """Do not connect yet."""
-        super().__init__(device)
-        self.plan = plan
+        self.root_device, self.plan = device, plan
         self._connection: _Connection | None = None
         self._averaged: AveragedGradients | None = None
         self._buffers: list[Tensor] = []
@@ -243,7 +242,7 @@ class Processes(OneProcess):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, in the first process."""
         if self._connection is None or dist.get_rank() == 0:
-            super().remove_checkpoint(path)
+            Path(path).unlink(missing_ok=True)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait for all processes."""

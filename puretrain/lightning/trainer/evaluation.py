@@ -16,7 +16,7 @@ from puretrain.lightning.trainer.calls import (
     ANY_NUMBER,
     call,
     call_module,
-    hooks_of,
+    counts_of,
     implements,
     profiled,
     takes,
@@ -171,7 +171,8 @@ def _batches(
     takes_loader = several or (takes(method) < ANY_NUMBER and _requires(method) >= 3)
     count = min(3 if takes_loader else 2, takes(method))
     own_end = getattr(module, f"{name}_end") if implements(module, f"{name}_end") else None
-    keep = implements(module, f"{word}_epoch_end") or _wants_outputs(trainer, word)
+    keep = implements(module, f"{word}_epoch_end")
+    keep = keep or any(counts_of(trainer, f"on_{word}_epoch_end"))
     outputs: list[list[Any]] = [[] for _ in found]
     for batch, index, number in _read(trainer, found, counts):
         trainer.eval_batch_idx = index
@@ -210,14 +211,6 @@ def _requires(method: Any) -> int:
     parameters = inspect.signature(method).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
-
-
-def _wants_outputs(trainer: Any, word: str) -> bool:
-    hooks = hooks_of(trainer, f"on_{word}_epoch_end")
-    if hooks is None:
-        return False
-    methods = [*hooks.callbacks, *hooks.last, *([hooks.module] if hooks.module else [])]
-    return any(count > 0 for _, count in methods)
 
 
 def _log_step(trainer: Any, results: Results, kind: str) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from puretrain.lightning.trainer.calls import implements, is_of_lightning
 
-__all__ = ["OneProcess", "adopt"]
+__all__ = ["adopt"]
 
 # What asks the trainer for something, or what only 1.x has. The rest of a module of 2.x works as
 # it is, since it finds our trainer behind ``self.trainer``.
@@ -77,30 +74,3 @@ def _share(cls: type, name: str) -> None:
 
     shared._is_shared = True  # type: ignore[attr-defined]
     setattr(base, name, shared)
-
-
-class OneProcess:
-    """Stands for ``trainer.strategy``: what callbacks ask of it, answered for one process."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Remember the device."""
-        self.root_device = device
-
-    def broadcast(self, value: Any, src: int = 0) -> Any:
-        """The value itself."""
-        return value
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """The decision itself."""
-        return decision
-
-    def reduce(self, value: Any, *arguments: Any, **named: Any) -> Any:
-        """The value itself."""
-        return value
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for nobody."""
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint."""
-        Path(path).unlink(missing_ok=True)

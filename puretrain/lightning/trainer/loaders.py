@@ -12,7 +12,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from puretrain.data import Read
 from puretrain.data.plain import pack, unpack
-from puretrain.lightning.trainer.calls import implements, profiled
+from puretrain.lightning.trainer.calls import calling, implements, profiled
 from puretrain.lightning.trainer.distributed import prepared
 from puretrain.lightning.trainer.supporters import CombinedLoader, flatten, length_of
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
@@ -115,11 +115,8 @@ def loaders_for(trainer: Any, kind: str) -> Any:
     name = f"{kind}_dataloader"
     for owner in (trainer.datamodule, trainer._module):
         if owner is not None and implements(owner, name):
-            before, trainer._fx = trainer._fx, name
-            try:
+            with calling(trainer, name):
                 return getattr(owner, name)()
-            finally:
-                trainer._fx = before
     return None
 
 
@@ -270,11 +267,6 @@ def limited(length: float, limit: float | int, name: str) -> float:
     return count
 
 
-class _Place(NamedTuple):
-    epoch: int
-    offset: int
-
-
 class LoaderSource:
     """The training batches of a trainer, for the core's loop."""
 
@@ -309,26 +301,26 @@ class LoaderSource:
         """Read from a cursor to the end of its epoch."""
         trainer = self.trainer
         loader, total = trainer._train_loader, trainer.num_training_batches
-        place = _Place(int(cursor.epoch), int(cursor.offset))
+        number, offset = int(cursor.epoch), int(cursor.offset)
         for each in _single_loaders(loader):
             batches = getattr(each, "batch_sampler", None)
             samplers = {id(s): s for s in (each, getattr(each, "sampler", None),
                                            getattr(batches, "sampler", None))}  # fmt: skip
             for sampler in samplers.values():
                 if callable(getattr(sampler, "set_epoch", None)):
-                    sampler.set_epoch(place.epoch)
+                    sampler.set_epoch(number)
         now = capture(loader)
-        if place.offset:
+        if offset:
             put_back(cursor.source, loader)
             source = cursor.source
-            iterator = _skipped(loader, place.offset)
+            iterator = _skipped(loader, offset)
             put_back(now, None)
         else:
             source = now
             iterator = iter(loader)
-        epoch = torch.tensor(place.epoch)
+        epoch = torch.tensor(number)
         sized = length_of(loader) != math.inf
-        index = place.offset
+        index = offset
         ahead: Any = None
         if not sized:  # whether a batch is the last can only be told by looking for another
             ahead = next(iterator, self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -11,18 +11,18 @@ from torch.optim import Optimizer
 from puretrain.lightning.utilities.exceptions import MisconfigurationException
 from puretrain.lightning.utilities.warnings import WarningCache
 
-__all__ = ["Configuration", "configure", "step_schedulers"]
+__all__ = ["Configuration", "configure", "scheduler_config", "step_schedulers"]
 
 _warnings = WarningCache()
-_KEYS = {
-    "scheduler",
-    "name",
-    "interval",
-    "frequency",
-    "reduce_on_plateau",
-    "monitor",
-    "strict",
-    "opt_idx",
+_DEFAULTS: dict[str, Any] = {
+    "scheduler": None,
+    "name": None,
+    "interval": "epoch",
+    "frequency": 1,
+    "reduce_on_plateau": False,
+    "monitor": None,
+    "strict": True,
+    "opt_idx": None,
 }
 
 
@@ -48,16 +48,12 @@ class NoOptimizer(Optimizer):
         """Nothing is remembered."""
 
 
-class Configuration:
+class Configuration(NamedTuple):
     """What ``configure_optimizers`` has given."""
 
-    def __init__(
-        self,
-        optimizers: list[Any],
-        schedulers: list[dict[str, Any]],
-        frequencies: list[int],
-    ) -> None:
-        self.optimizers, self.schedulers, self.frequencies = optimizers, schedulers, frequencies
+    optimizers: list[Any]
+    schedulers: list[dict[str, Any]]
+    frequencies: list[int]
 
 
 def configure(returned: Any) -> Configuration:
@@ -116,7 +112,7 @@ def configure(returned: Any) -> Configuration:
             raise MisconfigurationException(_forms(returned))
     if not optimizers:
         return configure(None)
-    configs = [_scheduler(each, monitor) for each in schedulers]
+    configs = [scheduler_config(each, monitor) for each in schedulers]
     return Configuration(optimizers, configs, frequencies)
 
 
@@ -130,19 +126,19 @@ def _forms(returned: Any) -> str:
     )
 
 
-def _scheduler(given: Any, monitor: str | None) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "scheduler": None,
-        "name": None,
-        "interval": "epoch",
-        "frequency": 1,
-        "reduce_on_plateau": False,
-        "monitor": monitor,
-        "strict": True,
-        "opt_idx": None,
-    }
+def scheduler_config(given: Any, monitor: str | None = None) -> dict[str, Any]:
+    """A scheduler with its options, all of them.
+
+    Args:
+        given: the scheduler, or a dict of it and some of its options.
+        monitor: the metric that it looks at, unless the dict says so.
+
+    Raises:
+        MisconfigurationException: an option has no such value, or there is no scheduler.
+    """
+    config = {**_DEFAULTS, "monitor": monitor}
     if isinstance(given, Mapping):
-        extra = [key for key in given if key not in _KEYS]
+        extra = [key for key in given if key not in _DEFAULTS]
         if extra:
             _warnings.warn(f"Found unsupported keys in the lr scheduler dict: {extra}")
         if "scheduler" not in given:
@@ -150,7 +146,7 @@ def _scheduler(given: Any, monitor: str | None) -> dict[str, Any]:
                 'The lr scheduler dict must have the key "scheduler" with its item being an lr '
                 "scheduler"
             )
-        config.update({key: value for key, value in given.items() if key in _KEYS})
+        config.update({key: value for key, value in given.items() if key in _DEFAULTS})
         if config["interval"] not in {"step", "epoch"}:
             raise MisconfigurationException(
                 'The "interval" key in lr scheduler dict must be "step" or "epoch" but is '

@@ -20,7 +20,7 @@ from puretrain.lightning.trainer import (
     signals,
     training,
 )
-from puretrain.lightning.trainer.calls import call, implements
+from puretrain.lightning.trainer.calls import call, call_module, implements
 from puretrain.lightning.trainer.optimization import configure
 from puretrain.lightning.trainer.states import RunningStage, TrainerFn, TrainerState
 from puretrain.lightning.trainer.supporters import PredictionCollection
@@ -163,9 +163,7 @@ def _check_fit(trainer: Any) -> None:
 def _configure_optimizers(trainer: Any) -> None:
     if trainer.optimizers and trainer._fold is not None:
         return
-    before, trainer._fx = trainer._fx, "configure_optimizers"
-    found = configure(trainer._module.configure_optimizers())
-    trainer._fx = before
+    found = configure(call_module(trainer, "configure_optimizers"))
     trainer.optimizers = [
         o.optimizer if isinstance(o, LightningOptimizer) else o for o in found.optimizers
     ]

@@ -15,7 +15,8 @@ from puretrain.lightning.trainer import splitting
 from puretrain.lightning.trainer.calls import (
     ANY_NUMBER,
     call,
-    hooks_of,
+    call_module,
+    counts_of,
     implements,
     profiled,
     takes,
@@ -66,12 +67,10 @@ def prepare_step(trainer: Any) -> None:
     for config in trainer.lr_schedulers:
         (found if config["reduce_on_plateau"] else unmonitored)[config["interval"]] = True
     trainer._monitored, trainer._unmonitored = found, unmonitored
-    keep = implements(module, "training_epoch_end")
-    hooks = hooks_of(trainer, "on_train_epoch_end")
-    if hooks is not None and not keep:
-        methods = [*hooks.callbacks, *hooks.last, *([hooks.module] if hooks.module else [])]
-        keep = any(0 < count < ANY_NUMBER for _, count in methods)
-    trainer._keeps_outputs = keep
+    taken = counts_of(trainer, "on_train_epoch_end")
+    trainer._keeps_outputs = implements(module, "training_epoch_end") or any(
+        0 < count < ANY_NUMBER for count in taken
+    )
 
 
 def _names(function: Any) -> list[str]:
@@ -133,9 +132,7 @@ def _automatic(trainer: Any, batch: Any, index: int) -> Any:
     if not length:
         return _on_batch(trainer, batch, index)
     trainer._hiddens = None
-    before, trainer._fx = trainer._fx, "tbptt_split_batch"
-    pieces = trainer._module.tbptt_split_batch(batch, length)
-    trainer._fx = before
+    pieces = call_module(trainer, "tbptt_split_batch", batch, length)
     outputs = [_on_batch(trainer, piece, index) for piece in pieces]
     trainer._hiddens = None
     if len(trainer.optimizers) > 1:

@@ -455,6 +455,16 @@ def _holders(model: Any, attribute: str) -> list[Any]:
     return found
 
 
+def _some_holders(model: Any, attribute: str) -> list[Any]:
+    found = _holders(model, attribute)
+    if not found:
+        raise AttributeError(
+            f"{attribute} is neither stored in the model namespace"
+            " nor the `hparams` namespace/dict, nor the datamodule."
+        )
+    return found
+
+
 def lightning_hasattr(model: Any, attribute: str) -> bool:
     """Whether a module, its hyper-parameters or its data module has an attribute."""
     return bool(_holders(model, attribute))
@@ -466,13 +476,7 @@ def lightning_getattr(model: Any, attribute: str) -> Any:
     Raises:
         AttributeError: none of them has it.
     """
-    holders = _holders(model, attribute)
-    if not holders:
-        raise AttributeError(
-            f"{attribute} is neither stored in the model namespace"
-            " nor the `hparams` namespace/dict, nor the datamodule."
-        )
-    holder = holders[-1]
+    holder = _some_holders(model, attribute)[-1]
     return holder[attribute] if isinstance(holder, Mapping) else getattr(holder, attribute)
 
 
@@ -482,13 +486,7 @@ def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
     Raises:
         AttributeError: none of them has it.
     """
-    holders = _holders(model, attribute)
-    if not holders:
-        raise AttributeError(
-            f"{attribute} is neither stored in the model namespace"
-            " nor the `hparams` namespace/dict, nor the datamodule."
-        )
-    for holder in holders:
+    for holder in _some_holders(model, attribute):
         if isinstance(holder, MutableMapping):
             holder[attribute] = value
         else:
