@@ -143,11 +143,18 @@ def test_a_metric_that_is_a_parameter_keeps_the_old_value():
     assert state.metrics["w"] == state.buffers["before"][0] != state.params["w"][0]
 
 
+def start_tiny():
+    """The smallest step: for what is about graphs, whatever is in them."""
+    optimizer = pt.optim.sgd(0.1)
+    state = pt.TrainState.create({"w": torch.zeros(())}, None, optimizer, key=pt.random.key(0))
+    return state, pt.train_step(lambda p, b, x, key: ((p["w"] - x) ** 2).sum(), optimizer)
+
+
 def test_recompiles_are_counted_with_their_reasons():
-    state, step = start(OPTIMIZER)
+    state, step = start_tiny()
     compiled = pt.compiled(step, backend="aot_eager")
     for size in (16, 16, 12, 16):
-        state = compiled(state, batch_of(0, size), donate=True)
+        state = compiled(state, torch.ones(size), donate=True)
     report = compiled.report()
     assert (len(report.graphs), len(report.recompiles)) == (2, 1)
     assert report.graphs[0].reason is None
@@ -185,12 +192,16 @@ def test_what_the_loss_finds_elsewhere_may_change():
     assert len(step.report().graphs) == 4
 
 
-def test_too_many_graphs_are_an_error_that_leaves_the_state():
-    optimizer = pt.optim.sgd(0.1)
-    state = pt.TrainState.create({"w": torch.zeros(())}, None, optimizer, key=pt.random.key(0))
-    step = pt.train_step(lambda p, b, x, key: ((p["w"] - x) ** 2).sum(), optimizer)
+@pytest.fixture
+def limit():
+    """Torch's limit of graphs, lowered: each takes a second."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield 2
+
+
+def test_too_many_graphs_are_an_error_that_leaves_the_state(limit):
+    state, step = start_tiny()
     compiled = pt.compiled(step, backend="eager")
-    limit = torch._dynamo.config.recompile_limit
     for size in range(1, limit + 1):
         state = compiled(state, torch.ones(size), donate=True)
     with pytest.raises(TransformError, match=f"compiled {limit} times.*size mismatch"):
@@ -199,11 +210,9 @@ def test_too_many_graphs_are_an_error_that_leaves_the_state():
     assert len(compiled.report().graphs) == limit
 
 
-def test_one_step_does_not_use_up_the_recompiles_of_another():
-    optimizer = pt.optim.sgd(0.1)
-    state = pt.TrainState.create({"w": torch.zeros(2)}, None, optimizer, key=pt.random.key(0))
-    for _ in range(torch._dynamo.config.recompile_limit + 1):
-        step = pt.train_step(lambda p, b, x, key: mse_loss(p["w"], x), optimizer)
+def test_one_step_does_not_use_up_the_recompiles_of_another(limit):
+    for _ in range(limit + 1):
+        state, step = start_tiny()
         compiled = pt.compiled(step, backend="eager")
         compiled(state, torch.ones(2))
         assert len(compiled.report().graphs) == 1
