@@ -142,14 +142,32 @@ def types(session: nox.Session) -> None:
     session.run(PYTHON, "-m", "mypy", *session.posargs)
 
 
+def everything() -> list[str]:
+    """Pytest's arguments that run all tests on all cores."""
+    return ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+
+
 @nox.session(python=False)
 def tests(session: nox.Session) -> None:
     """Run all tests and the doctests; with arguments, pytest with those."""
     install(session, "test")
-    workers = min(os.cpu_count() or 1, 8)
-    arguments = session.posargs or ["-n", str(workers), "--dist", "worksteal"]
+    arguments = session.posargs or everything()
     # One thread per worker: small tensors gain nothing from more, and they would fight for cores.
     session.run(PYTHON, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=False)
+def coverage(session: nox.Session) -> None:
+    """Say which lines and branches of the package no test reaches; takes twice as long as tests."""
+    install(session, "coverage")
+    arguments = session.posargs or everything()
+    measure = [PYTHON, "-m", "coverage"]
+    session.run(*measure, "erase")
+    session.run(*measure, "run", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+    session.run(*measure, "combine", "-q")  # one file of each process that the tests have started
+    session.run(*measure, "html", "-q")
+    session.run(*measure, "report")
+    session.log(f"see {ROOT / 'build' / 'coverage' / 'index.html'}")
 
 
 @nox.session(python=False)
