@@ -1,7 +1,7 @@
-"""Functions of test files, called in several real processes that torchrun has started.
+"""Functions of test files, called in several real processes that talk to each other.
 
-Starting takes seconds, so a test file makes many checks in one call, and shares what came of them
-between its tests::
+Starting them takes a while, so a test file makes many checks in one call, and shares what came of
+them between its tests::
 
     def checks(mesh): ...                       # in each process; returns what JSON can hold
 
@@ -15,80 +15,66 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
-import traceback
-from contextlib import contextmanager, suppress
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+from forking import start
 
 
-def on_processes(count, function, *arguments, timeout=120, environment=None):
+def on_processes(count, function, *arguments, timeout=120):
     """Call a function at the top of a test file in ``count`` processes that talk through gloo.
 
     Args:
-        count: how many; 1 is started without torchrun.
+        count: how many.
         function: ``function(mesh, *arguments)``; what it returns goes through JSON.
         arguments: go through JSON as well.
         timeout: seconds until all are killed, which is a failure.
-        environment: further variables.
 
     Returns:
         What each process returned, by rank. If one raises, an AssertionError shows the tracebacks.
     """
     place = Path(sys.modules[function.__module__].__file__)
     with tempfile.TemporaryDirectory() as directory:
-        call = [__file__, str(place), function.__name__, directory, json.dumps(arguments)]
-        command = [sys.executable, *torchrun(count), *call]
-        done = finished(command, timeout, environment)
-        results = [Path(directory, f"{rank}.json") for rank in range(count)]
-        errors = [f"rank {path.stem}: {path.read_text()}" for path in Path(directory).glob("*.err")]
-        text = "\n".join([*errors, *([] if errors else [done.stdout, done.stderr])])
-        if done.returncode or errors:
-            raise AssertionError(f"status {done.returncode}\n{text}")
-        return [json.loads(path.read_text()) for path in results]
+        together(
+            [__file__, place, function.__name__, directory, json.dumps(arguments)], count, timeout
+        )
+        return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def torchrun(count):
-    """The arguments of Python that start a file on several processes; none for one process."""
-    if count == 1:
-        return []
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+def together(command, count, timeout=120):
+    """Run ``python COMMAND`` in ``count`` processes that meet as those of torchrun do, if several.
 
-
-def finished(command, timeout, environment=None, cwd=None):
-    """Run a command that starts processes; all of them are gone when this returns or raises."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=os.environ | ENVIRONMENT | (environment or {}),
-    )
+    If one fails, the others are ended, and an AssertionError shows what it has said.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for rank in range(count):
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        where |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        alone = count == 1  # as if nobody had thought of several
+        environment = {} if alone else {name: str(value) for name, value in where.items()}
+        running.append(start(*command, environment=environment))
+    end = time.monotonic() + timeout
     try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        everyone = [process.pid, *descendants(process.pid)]
-        for pid in everyone:  # torchrun puts its processes into sessions of their own
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"not done after {timeout} s\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def descendants(pid):
-    """The processes that a process has started, and those that they have."""
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return []
-    children = [int(word) for word in text.split()]
-    return children + [deeper for child in children for deeper in descendants(child)]
+        while any(process.poll() is None for process in running):
+            assert not any(process.returncode for process in running)
+            assert time.monotonic() < end, f"not done after {timeout} s"
+            time.sleep(0.005)
+        assert not any(process.returncode for process in running)
+    except AssertionError as error:
+        time.sleep(0.5)  # the others may have something to say about it
+        said = [f"rank {rank}:\n{process.errors()}" for rank, process in enumerate(running)]
+        raise AssertionError("\n".join([str(error), *said])) from None
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
 
 
 def shared(tmp_path_factory, name, make):
@@ -119,13 +105,9 @@ def main(file, name, directory, arguments):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    try:
-        with processes(timeout=60) as mesh:
-            result = getattr(module, name)(mesh, *json.loads(arguments))
-            Path(directory, f"{rank}.json").write_text(json.dumps(result))
-    except BaseException:
-        Path(directory, f"{rank}.err").write_text(traceback.format_exc())
-        raise
+    with processes(timeout=60) as mesh:
+        result = getattr(module, name)(mesh, *json.loads(arguments))
+        Path(directory, f"{rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

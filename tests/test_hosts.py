@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from processes import ENVIRONMENT, descendants
+from forking import ENVIRONMENT, descendants
 from test_launch import ELASTIC, PROGRAM
 
 import puretrain as pt

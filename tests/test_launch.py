@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import forking
 import pytest
-from processes import ENVIRONMENT, descendants, finished, shared, torchrun
+from forking import ENVIRONMENT, descendants
+from processes import shared
 
 import puretrain as pt
 from puretrain.cli import main
@@ -62,7 +64,7 @@ def divided(mesh, directory="runs/divided"):
     assert made.together is None
     return pt.sharding.distribute(made, mesh, logical_shards=4)
 """
-FIT = [sys.executable, "-m", "puretrain", "fit"]
+FIT = ["-m", "puretrain", "fit"]
 ELASTIC = ["--logical-shards", "4", "--json"]
 
 
@@ -78,7 +80,7 @@ def fit(place):
 
     def fit(*arguments, count=None):
         nproc = [] if count is None else ["--nproc", count]
-        return finished([*FIT, "program.py", *nproc, *arguments], 120, cwd=place)
+        return forking.run(*FIT, "program.py", *nproc, *arguments, cwd=place)
 
     return fit
 
@@ -90,7 +92,7 @@ def digest(tmp_path_factory):
     def run():
         place = tmp_path_factory.mktemp("undisturbed")
         (place / "program.py").write_text(PROGRAM)
-        return result(finished([*FIT, "program.py", *ELASTIC], 120, cwd=place))["digest"]
+        return result(forking.run(*FIT, "program.py", *ELASTIC, cwd=place))["digest"]
 
     return shared(tmp_path_factory, "undisturbed", run)
 
@@ -100,15 +102,20 @@ def result(done):
     return json.loads(done.stdout)
 
 
-def test_the_same_bits_however_it_is_started_and_after_a_killed_process(place, fit, digest):
+def test_two_processes_end_with_the_same_bits(fit, digest):
     two = fit(*ELASTIC, "--directory", "runs/b", count=2)
     assert result(two)["digest"] == digest
     assert two.stderr.count("made by rank") == 1  # stdout has the result alone; one process prints
     assert "--nproc 2 --logical-shards 4 --resume" in result(two)["resume"]
 
-    command = [sys.executable, *torchrun(2), "-m", "puretrain", "fit", "program.py:divided"]
-    assert result(finished([*command, "--json"], 120, cwd=place))["digest"] == digest
 
+def test_the_same_bits_when_torchrun_has_started_them(place, digest):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    started = forking.run(*torchrun, *FIT, "program.py:divided", "--json", cwd=place)
+    assert result(started)["digest"] == digest
+
+
+def test_the_same_bits_after_a_killed_process(fit, digest):
     options = ["--directory", "runs/c", "--set", "fail=kill", "--resume", "--max-restarts", "1"]
     killed = fit(*ELASTIC, *options, count=2)
     assert result(killed)["digest"] == digest
@@ -150,7 +157,7 @@ def test_a_signal_ends_all_and_another_number_goes_on(
 ):
     options = [*ELASTIC, "--set", "pause=0.05", "--directory", "runs/c"]
     process = subprocess.Popen(
-        [*FIT, "program.py", *options, "--nproc", "2"],
+        [sys.executable, *FIT, "program.py", *options, "--nproc", "2"],
         cwd=place,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,

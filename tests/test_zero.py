@@ -5,14 +5,12 @@ few seconds, so one start makes many checks, whose results are looked at here.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import shared, together
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,41 +26,35 @@ PROGRAM = Path(__file__).parent / "sharding_programs" / "zero_program.py"
 STAGES = [1, 2, 3]
 
 
-def start(directory, count, shard, *checks):
+def start(tmp_path_factory, name, count, shard, *checks):
     """Run the program; returns the facts that each process has found."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={count}", PROGRAM, str(shard), directory, *checks]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)),
-        check=False,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((directory / "facts.json").read_text())
+
+    def facts():
+        directory = tmp_path_factory.mktemp(name)
+        together([PROGRAM, shard, directory, *checks], count)
+        return json.loads((directory / "facts.json").read_text())
+
+    return shared(tmp_path_factory, f"zero-{name}", facts)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     checks = ["placed", "pure", "held", "all_the_same", "evaluated", "refusals", "resumed"]
     checks += ["averaged", "agrees", "agrees_with_options", "agrees_where_vectors_fit"]
-    return start(tmp_path_factory.mktemp("two"), 2, 2, *checks)
+    return start(tmp_path_factory, "two", 2, 2, *checks)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     checks = ["placed", "held", "all_the_same", "refusals", "agrees_nearly"]
-    return start(tmp_path_factory.mktemp("four"), 4, 4, *checks)
+    return start(tmp_path_factory, "four", 4, 4, *checks)
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     """Two shards, each in two copies."""
     checks = ["placed", "pure", "held", "all_the_same", "agrees_nearly"]
-    return start(tmp_path_factory.mktemp("hybrid"), 4, 2, *checks)
+    return start(tmp_path_factory, "hybrid", 4, 2, *checks)
 
 
 @pytest.fixture(params=["two", "four", "hybrid"])
