@@ -17,6 +17,7 @@ import time
 import tracemalloc
 import zipfile
 
+import forking
 import hypothesis
 import hypothesis.strategies as st
 import msgpack
@@ -98,14 +99,7 @@ def same(a, b):
 
 def run_python(source, *arguments, **options):
     """Run a program of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(pt.__file__).parents[1])},
-        **options,
-    )
+    return forking.run("-c", textwrap.dedent(source), *arguments, **options)
 
 
 # ── Trees ─────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import torch
 
@@ -274,13 +275,7 @@ def run():
 """)
 
     def command(*options):
-        return subprocess.run(
-            [sys.executable, "-m", "puretrain", "fit", "stopped.py", *options],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(Path(pt.__file__).parents[1])},
-        )
+        return forking.run("-m", "puretrain", "fit", "stopped.py", *options)
 
     done = command("--json")
     told = json.loads(done.stdout)

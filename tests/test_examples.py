@@ -1,13 +1,13 @@
 """The examples, run as a reader runs them, only shorter."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+import forking
 
 import puretrain as pt
 from puretrain.cli import main
@@ -16,20 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(name, *options):
-    return subprocess.Popen(
-        [sys.executable, f"examples/{name}.py", *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    return forking.start(f"examples/{name}.py", *options, cwd=ROOT)
 
 
 def output(process, status=0):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
-    return out
+    done = process.finished(120)
+    assert done.returncode == status, done.stderr
+    return done.stdout
 
 
 def found(pattern, text):
@@ -40,7 +33,7 @@ def test_digits_learns_and_resumes_after_ctrl_c(tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     first = start("digits", "--epochs", 6, "--directory", stopped)
     while not list(stopped.glob("*.ckpt")):  # it writes one in the third epoch
-        assert first.poll() is None, first.stderr.read()
+        assert first.poll() is None, first.errors()
         time.sleep(0.01)
     first.send_signal(signal.SIGINT)
     output(first, status=130)

@@ -4,10 +4,9 @@ import math
 import os
 import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -249,13 +248,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 run = make({str(tmp_path)!r}, epochs=100)
 run._replace(observers=run.observers[:1]).fit()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = forking.run("-c", code)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("puretrain.errors.JournalError: ")
     assert "run.journal can't be written: File too large" in last
@@ -382,9 +375,7 @@ def kill(state, event):
         os.kill(os.getpid(), signal.SIGKILL)
 run._replace(observers=[*run.observers, kill]).fit()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    done = forking.run("-c", code)
     assert done.returncode == -signal.SIGKILL
     journal = read_journal(tmp_path)
     assert not journal.damage

@@ -6,11 +6,9 @@ differently. After every kill the directory must open, and must have no older st
 """
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import forking
 import test_resume_kill as runs
 
 import puretrain as pt
@@ -93,14 +92,7 @@ def script(place, kills, seed):
 
 
 def test_killed_while_saving_in_the_background_nothing_is_lost(tmp_path):
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(KILLS)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    done = forking.run(__file__, str(tmp_path), str(KILLS), timeout=240)
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads(done.stdout)
     assert report["kills"] == KILLS

@@ -1,30 +1,18 @@
 """``puretrain new``: each project is made, tested and trained as its reader would do it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import forking
 import pytest
 
-import puretrain as pt
 from puretrain.cli import main
 
 FILES = {".gitignore", "README.md", "pyproject.toml", "tests/test_train.py", "train.py"}
 
 
 def run_in(place, *arguments):
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(Path(pt.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = forking.run(*arguments, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

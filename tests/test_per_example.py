@@ -1,10 +1,9 @@
 """Per-example gradients against a loop over examples; privacy against opacus and closed forms."""
 
 import math
-import subprocess
-import sys
 import warnings
 
+import forking
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,7 +326,7 @@ def test_a_missing_accountant_is_named():
         "import puretrain as pt\n"
         "pt.per_example.epsilon(noise_multiplier=1.0, sample_rate=0.1, steps=3, delta=1e-5)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forking.run("-c", code)
     assert done.returncode == 1
     assert "pip install 'puretrain[privacy]'" in done.stderr
 

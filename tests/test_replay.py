@@ -2,14 +2,14 @@
 
 import json
 import multiprocessing
-import os
 import re
+import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -378,22 +378,16 @@ def test_the_how_to_runs_as_it_stands(tmp_path):
     commands = [body for language, body in fences if language == "sh"]
     (tmp_path / "line.py").write_text(python[0])
     (tmp_path / "travel.py").write_text("import puretrain as pt\n" + python[1])
-    script = "\n".join([*commands, "python travel.py"])
-    script = script.replace("puretrain replay", "python -m puretrain replay")
-    script = script.replace("puretrain bisect", "python -m puretrain bisect")
-    script = script.replace("puretrain report", "python -m puretrain report")
-    done = subprocess.run(
-        ["bash", "-ec", script.replace("python ", f"{sys.executable} ")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "identical   for 24 steps, the whole state at 2 of them" in done.stdout
-    assert "PARTED      at step 1;" in done.stdout
-    assert done.stdout.count("they part") == 1
+    printed = ""
+    for line in [*"".join(commands).splitlines(), "python travel.py"]:
+        command, _, otherwise = line.partition(" || ")
+        program, *arguments = shlex.split(command)
+        arguments = {"python": [], "puretrain": ["-m", "puretrain"]}[program] + arguments
+        done = forking.run(*arguments, cwd=tmp_path)
+        assert done.returncode == (1 if otherwise == "echo they part" else 0), line + done.stderr
+        printed += done.stdout
+    assert "identical   for 24 steps, the whole state at 2 of them" in printed
+    assert "PARTED      at step 1;" in printed
     assert (tmp_path / "runs/line/report.html").is_file()
     assert int(pt.load(pt.newest(tmp_path / "runs/fork"))["step"]) == 40
 
@@ -402,14 +396,7 @@ def test_the_how_to_runs_as_it_stands(tmp_path):
 
 
 def example(name, *options):
-    return subprocess.Popen(
-        [sys.executable, f"examples/{name}.py", *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    return forking.start(f"examples/{name}.py", *options, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -423,14 +410,13 @@ def test_an_example_that_was_killed_and_resumed_replays_to_the_bit(
     journal = tmp_path / "run.journal"
     process = example(name, "--directory", tmp_path, *options)
     while not journal.exists() or journal.stat().st_size < 6000:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.errors()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    process = example(name, "--directory", tmp_path, "--resume", *options)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert f"puretrain replay {tmp_path}" in out
+    process.finished()
+    done = example(name, "--directory", tmp_path, "--resume", *options).finished()
+    assert done.returncode == 0, done.stderr
+    assert f"puretrain replay {tmp_path}" in done.stdout
     assert len(pt.replay.read_journal(tmp_path).segments) == 2
     status, out, _ = call("replay", tmp_path)
     assert f"identical   for {steps} steps" in out

@@ -8,12 +8,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import traceback
-from pathlib import Path
 
+import forking
 import pytest
 import torch
 from torch import nn
@@ -145,14 +144,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, __file__, str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    done = forking.run(__file__, str(place), timeout=240)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -2,9 +2,8 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 
+import forking
 import torch
 
 PROGRAMS = pathlib.Path(__file__).parent / "distributed_programs"
@@ -12,10 +11,7 @@ PROGRAMS = pathlib.Path(__file__).parent / "distributed_programs"
 
 def run(*command):
     """Run a program; all its processes must end long before the time limit of a collective."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=200,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return forking.run(*command, timeout=200)
 
 
 def by_hand(epochs):

@@ -2,9 +2,9 @@
 
 import math
 import pathlib
-import subprocess
 import sys
 
+import forking
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
@@ -18,10 +18,7 @@ import together  # noqa: E402
 def seen(tmp_path_factory):
     """What the two processes have seen; the script is started plainly, and once."""
     folder = tmp_path_factory.mktemp("together")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAMS / "together.py"), str(folder)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = forking.run(PROGRAMS / "together.py", folder, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 

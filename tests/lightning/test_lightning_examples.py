@@ -1,11 +1,9 @@
 """The Lightning examples, run as a reader runs them."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -21,13 +19,6 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_an_example_learns(name, options, pattern, least, most, tmp_path):
-    out = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"lightning_{name}.py"), *options],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=200,
-    ).stdout
-    assert least <= float(re.search(pattern, out)[1]) <= most
+    done = forking.run(ROOT / "examples" / f"lightning_{name}.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert least <= float(re.search(pattern, done.stdout)[1]) <= most

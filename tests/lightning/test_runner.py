@@ -5,20 +5,14 @@ import subprocess
 import sys
 import textwrap
 
+import forking
 import pytest
 
 ROOTS = ["pytorch_lightning", "lightning.pytorch", "lightning"]
 
 
 def run(*arguments, cwd, check=True):
-    process = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    process = forking.run(*arguments, cwd=cwd)
     if check:
         assert process.returncode == 0, process.stderr
     return process
@@ -113,10 +107,13 @@ except ZeroDivisionError as error:
 def test_behaves_like_python_itself(tmp_path, argument):
     write(tmp_path, "deep/program.py", SAME)
     write(tmp_path, "deep/helper.py", "def inside(x):\n    return 1 / x\n")
-    real = run("deep/program.py", argument, "-x", cwd=tmp_path, check=False)
-    ours = run(
-        "-m", "puretrain.lightning", "deep/program.py", argument, "-x", cwd=tmp_path, check=False
-    )
+    real, ours = (
+        subprocess.run(
+            [sys.executable, *runner, "deep/program.py", argument, "-x"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )
+        for runner in ([], ["-m", "puretrain.lightning"])
+    )  # fmt: skip
     assert ours.stdout == real.stdout
     assert ours.returncode == real.returncode
     assert ours.stderr == real.stderr

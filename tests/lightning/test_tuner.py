@@ -2,10 +2,9 @@
 
 import copy
 import random
-import subprocess
-import sys
 import textwrap
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -345,10 +344,7 @@ def test_the_cpu_runs_out_of_memory(tmp_path):
     resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), resource.RLIM_INFINITY))
     print("found", trainer.tuner.scale_batch_size(model, steps_per_trial=1))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    done = forking.run("-c", textwrap.dedent(program), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = int(done.stdout.split("found")[-1])
     assert 2 <= found <= 64  # a batch of 64 takes 256 MiB and as much for its gradients

@@ -5,9 +5,8 @@ there ``pytorch_lightning`` is puretrain's.
 """
 
 import pathlib
-import subprocess
-import sys
 
+import forking
 import pytest
 
 HERE = pathlib.Path(__file__).parent / "programs"
@@ -15,16 +14,11 @@ HERE = pathlib.Path(__file__).parent / "programs"
 
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("pl_*.py")))
 def test_all_of_a_file_pass(name):
-    command = [sys.executable, "-m", "puretrain.lightning", "-m", "pytest", "-q", "--tb=short"]
-    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "-W", "ignore", "--rootdir", str(HERE)]
-    process = subprocess.run(
-        [*command, *options, "-o", "python_files=pl_*.py", str(HERE / name)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=HERE,
+    command = ["-m", "puretrain.lightning", "-m", "pytest", "-q", "--tb=short"]
+    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "-W", "ignore", "--rootdir", HERE]
+    done = forking.run(
+        *command, *options, "-o", "python_files=pl_*.py", HERE / name, cwd=HERE, timeout=250
     )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert " passed" in process.stdout
-    assert " skipped" not in process.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
