@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py                      # 400 MB in a temporary directory
     python benchmarks/checkpoint.py --size 100 --rounds 5 --directory /mnt/disk
 
-The floor is what cannot be beaten: the same bytes written with plain system calls and fsync, and
-read with plain system calls into new memory. All contenders take turns. A save is timed until the
+The floor is the same bytes written with plain system calls and fsync, and read with plain system
+calls into new memory, by one thread. All contenders take turns. A save is timed until the
 bytes are on the disk: those that don't call fsync themselves have it called for them. What is read
 is in the operating system's cache, so that the processor's share shows, and it goes into memory
 that the process has not had before, as when a run is resumed.

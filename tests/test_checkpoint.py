@@ -253,6 +253,41 @@ def test_floats_keep_the_bits_of_nan(tmp_path):
     assert [struct.pack("<d", x) for x in loaded] == [struct.pack("<d", x) for x in values]
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_large_tensors_come_back_to_the_byte(tmp_path, compression):
+    # around the sizes of pages, of pieces that are read at once, and of what threads read
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1 << 16, 1 << 18, 1 << 20, 3 << 20]
+    tree = {
+        f"{size + more}": torch.randint(4, (size + more,), dtype=torch.uint8, generator=generator)
+        for size in sizes
+        for more in (-4097, -1, 0, 1, 4096)
+    }
+    tree |= {"text": "é" * (1 << 20), "bytes": bytes(range(256)) * (1 << 13), "small": 1}
+    pt.save(tmp_path / "a.ckpt", tree, compression=compression)
+    for like in (tree, None):
+        found = pt.load(tmp_path / "a.ckpt", like=like)
+        assert found.keys() == tree.keys()
+        for name, leaf in tree.items():
+            assert torch.equal(found[name], leaf) if name.isdigit() else found[name] == leaf
+
+
+def test_the_first_large_tensor_that_is_damaged_is_named_and_nothing_reads_on(tmp_path):
+    path = tmp_path / "a.ckpt"
+    pt.save(path, {f"t{i}": torch.full((3 << 18,), i) for i in range(8)})
+    index = pt.read_index(path)
+    content = bytearray(path.read_bytes())
+    for number, first in ((6, 6), (3, 3), (4, 3)):
+        leaf = index.leaves[number]
+        content[index.data_offset + leaf.offset + leaf.nbytes - 1] ^= 1
+        path.write_bytes(content)
+        before = threading.active_count()
+        with pytest.raises(CheckpointError, match=f"t{first} .*damaged"):
+            pt.load(path)
+        assert threading.active_count() == before
+    assert pt.load(path, only="t5")["t5"].eq(5).all()
+
+
 @pytest.mark.parametrize("power", [7, 31, 63, 64, 65, 4000, 8 * 1024 - 1])
 def test_integers_of_any_size(tmp_path, power):
     values = [s * 2**power + d for s in (1, -1) for d in (-1, 0)] + [-(2**power)]

@@ -10,10 +10,11 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import torch
 import xxhash
@@ -27,6 +28,7 @@ from puretrain.checkpoint.blocks import (
     digest,
     fill,
     open_block,
+    provide,
     shared_place,
     write_block,
 )
@@ -83,6 +85,8 @@ __all__ = [
 
 MIN_SHARED = 1 << 16
 """Smaller leaves are not worth a file of their own."""
+_LARGE = 1 << 20  # worth a thread of its own
+_MAX_THREADS = 4
 
 
 # ── Saving ────────────────────────────────────────────────────────────────────────────────────────
@@ -328,6 +332,8 @@ def load(
 ) -> Any:
     """Read a checkpoint.
 
+    Large leaves of a file of this machine are read by up to four threads, a few leaves ahead.
+
     Args:
         path: the file, or a URL that fsspec knows.
         like: a tree with the node types of the result, for example a state that has not begun. The
@@ -381,11 +387,13 @@ def load(
         read = _map_blocks if mmap else _read_blocks
         contents: dict[int, Any] = {}
         whole = only is None  # a template asks for all blocks, too
-        for number, content in read(file, index, blocks, path, whole=whole, checksums=checksums):
-            if isinstance(content, Tensor):
-                to = dtype if content.is_floating_point() else None
-                content = content.to(device or devices.get(number, "cpu"), to)
-            contents[number] = content
+        # Closed, so that no thread reads on when the file is closed.
+        with closing(read(file, index, blocks, path, whole=whole, checksums=checksums)) as found:
+            for number, content in found:
+                if isinstance(content, Tensor):
+                    to = dtype if content.is_floating_point() else None
+                    content = content.to(device or devices.get(number, "cpu"), to)
+                contents[number] = content
     return tree_map(lambda number: _leaf(entries, number, contents), tree)
 
 
@@ -453,31 +461,88 @@ def _read_blocks(
     *,
     whole: bool,
     checksums: bool,
-) -> Iterator[tuple[int, Any]]:
-    """Read blocks into memory of their own."""
+) -> Generator[tuple[int, Any], None, None]:
+    """Read blocks into memory of their own; large ones a little ahead, by several threads."""
     position, name = index.data_offset, shown(path)
-    for number in blocks:
-        entry = index.entries[number]
-        start = index.data_offset + entry.offset
-        if whole and entry.is_placed:
-            file.seek(position)
-            _read_gap(file, position, start, name)
-            position = start + entry.stored_nbytes
-        if entry.pieces and entry.dim is not None:
-            n = entry.shape[entry.dim]
-            content = read_range(file, index, entry, path, entry.dim, 0, n, checksums=checksums)
+    entries = index.entries
+    large = [n for n in blocks if entries[n].nbytes >= _LARGE and not entries[n].pieces]
+    threads = min(_reading_threads(path), len(large))
+    ahead = iter(large if threads > 1 else ())
+    begun: dict[int, tuple[Any, Future[None]]] = {}
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for number in blocks:
+            entry = entries[number]
+            start = index.data_offset + entry.offset
+            if whole and entry.is_placed:
+                file.seek(position)
+                _read_gap(file, position, start, name)
+                position = start + entry.stored_nbytes
+            while len(begun) <= threads and (other := next(ahead, None)) is not None:
+                content, view = _memory_for(entries[other])
+                arguments = index, entries[other], path, view, checksums
+                begun[other] = content, pool.submit(_read_block, _Positioned(file), *arguments)
+            if number in begun:
+                content, done = begun.pop(number)
+                done.result()
+            elif entry.pieces and entry.dim is not None:
+                n = entry.shape[entry.dim]
+                content = read_range(file, index, entry, path, entry.dim, 0, n, checksums=checksums)
+            else:
+                content, view = _memory_for(entry)
+                _read_block(file, index, entry, path, view, checksums)
             yield number, _finished(content, entry, name)
-            continue
-        hasher = xxhash.xxh3_128()
-        with open_block(file, index, entry, path) as source:
-            content, view = _memory_for(entry)
-            for i in range(0, entry.nbytes, CHUNK):
-                fill(source, view[i : i + CHUNK], name)
-                if checksums:
-                    hasher.update(view[i : i + CHUNK])
-        if checksums:
-            check_block(hasher.digest(), index, entry, path)
-        yield number, _finished(content, entry, name)
+
+
+def _reading_threads(path: Location) -> int:
+    """How many threads read a file: what is far away, and Windows, have one position in it."""
+    if is_url(path) or not hasattr(os, "preadv"):
+        return 1
+    if sys.platform == "linux":
+        return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    return min(os.cpu_count() or 1, _MAX_THREADS)
+
+
+class _Positioned:
+    """An open file with a position of its own in it; it may be read by a thread of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._descriptor, self._position = file.fileno(), 0
+
+    def seek(self, position: int) -> int:
+        """As of a file."""
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        """As of a file."""
+        return self._position
+
+    def readinto(self, view: memoryview) -> int:
+        """As of a file."""
+        count = os.preadv(self._descriptor, [view], self._position)
+        self._position += count
+        return count
+
+
+def _read_block(
+    file: IO[bytes] | _Positioned,
+    index: Index,
+    entry: Entry,
+    path: Location,
+    view: memoryview,
+    checksums: bool,
+) -> None:
+    """Read the bytes of a block into memory, and check them while they are in the cache."""
+    hasher, name = xxhash.xxh3_128(), shown(path)
+    with open_block(cast(IO[bytes], file), index, entry, path) as source:
+        for i in range(0, entry.nbytes, CHUNK):
+            chunk = view[i : i + CHUNK]
+            provide(chunk)
+            fill(source, chunk, name)
+            if checksums:
+                hasher.update(chunk)
+    if checksums:
+        check_block(hasher.digest(), index, entry, path)
 
 
 def _map_blocks(
@@ -488,7 +553,7 @@ def _map_blocks(
     *,
     whole: bool,
     checksums: bool,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Map blocks, as they lie in the file, into memory that is copied when it is written to."""
     mapped = memory_map.mmap(file.fileno(), index.file_length, access=memory_map.ACCESS_COPY)
     view = memoryview(mapped)

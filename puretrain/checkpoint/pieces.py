@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from puretrain.checkpoint.blocks import CHUNK, check_block, fill, open_block
+from puretrain.checkpoint.blocks import CHUNK, check_block, fill, open_block, provide
 from puretrain.checkpoint.format import DTYPES, Entry, Index
 from puretrain.checkpoint.places import Location, shown
 
@@ -158,7 +158,9 @@ def _read_span(
     with open_block(file, index, block, path) as source:
         if not checksums and not block.coding:
             source.seek(first, 1)
-            fill(source, view, name)
+            for i in range(0, len(view), CHUNK):
+                provide(view[i : i + CHUNK])
+                fill(source, view[i : i + CHUNK], name)
             return
         hasher = xxhash.xxh3_128()
         scratch = memoryview(bytearray(CHUNK if len(view) < block.nbytes else 0))
@@ -168,6 +170,7 @@ def _read_span(
                 chunk = scratch[: min(CHUNK, first - position)]
             elif position < last:
                 chunk = view[position - first :][:CHUNK]
+                provide(chunk)
             else:
                 chunk = scratch[: min(CHUNK, block.nbytes - position)]
             fill(source, chunk, name)
