@@ -24,11 +24,11 @@ from puretrain.lightning.trainer import (
     stages,
     training,
 )
-from puretrain.lightning.trainer import devices as rooms
+from puretrain.lightning.trainer import devices as devices_of
 from puretrain.lightning.trainer.calls import call
 from puretrain.lightning.trainer.precision import set_precision
 from puretrain.lightning.trainer.states import RunningStage, StateView, TrainerFn, TrainerState
-from puretrain.lightning.utilities import argparse
+from puretrain.lightning.utilities import argparse as command_line
 
 __all__ = ["Trainer"]
 
@@ -36,7 +36,7 @@ __all__ = ["Trainer"]
 class Trainer:
     """Fits, validates and tests a LightningModule."""
 
-    @argparse.overwrite_by_env_vars
+    @command_line.overwrite_by_env_vars
     def __init__(
         self,
         logger: Any = True,
@@ -130,17 +130,17 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
         if benchmark:
             torch.backends.cudnn.benchmark = True
-        strategy, precision = rooms.read_plugins(plugins, strategy, precision)
+        strategy, precision = devices_of.read_plugins(plugins, strategy, precision)
         if auto_select_gpus and isinstance(gpus, int) and gpus:
             from puretrain.lightning.tuner.auto_gpu_select import pick_multiple_gpus
 
             gpus = pick_multiple_gpus(gpus)
         self.strategy_name = strategy
-        plan = rooms.plan_of(
+        plan = devices_of.plan_of(
             self.accelerator_name, strategy, devices, num_nodes, num_processes, gpus, tpu_cores
         )
         distributed.take_plan(self, plan)
-        rooms.check_logging_of_memory(log_gpu_memory, self.on_gpu)
+        devices_of.check_logging_of_memory(log_gpu_memory, self.on_gpu)
         set_precision(self, precision)
         self.profiler = connecting.profiler_of(profiler)
         self._profiles = connecting.measures(self.profiler)
@@ -591,27 +591,27 @@ class Trainer:
     @classmethod
     def add_argparse_args(cls, parent_parser: Any, **kwargs: Any) -> ArgumentParser:
         """Add the trainer's arguments to a parser."""
-        return argparse.add_argparse_args(cls, parent_parser, **kwargs)
+        return command_line.add_argparse_args(cls, parent_parser, **kwargs)
 
     @classmethod
     def parse_argparser(cls, arg_parser: Any) -> Namespace:
         """Read the command line, or take what was read."""
-        return argparse.parse_argparser(cls, arg_parser)
+        return command_line.parse_argparser(cls, arg_parser)
 
     @classmethod
     def from_argparse_args(cls, args: Any, **kwargs: Any) -> Trainer:
         """Make a trainer of the arguments that a parser has read."""
-        return argparse.from_argparse_args(cls, args, **kwargs)
+        return command_line.from_argparse_args(cls, args, **kwargs)
 
     @classmethod
     def parse_env_variables(cls) -> Namespace:
         """The arguments that environment variables such as ``PL_TRAINER_MAX_EPOCHS`` give."""
-        return argparse.parse_env_variables(cls)
+        return command_line.parse_env_variables(cls)
 
     @classmethod
     def get_init_arguments_and_types(cls) -> list[tuple[str, tuple[Any, ...], Any]]:
         """The trainer's arguments: names, types and defaults."""
-        return argparse.get_init_arguments_and_types(cls)
+        return command_line.get_init_arguments_and_types(cls)
 
     @classmethod
     def get_deprecated_arg_names(cls) -> list[str]:

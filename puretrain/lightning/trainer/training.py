@@ -93,13 +93,12 @@ def run_fit(trainer: Any, start: TrainState) -> TrainState:
         trainer._fold = state
         return _HANDLERS[event.kind](trainer, state, event)
 
-    kinds = ("fit_start", "epoch_start", "step", "epoch_end", "fit_end")
     return loop.fit(
         start,
         step,
         source,
         epochs=sys.maxsize,
-        reducers=[Reducer(reduce, on=kinds)],
+        reducers=[Reducer(reduce, on=tuple(_HANDLERS))],
         donate=True,
         handle_signals=False,
     )
@@ -169,16 +168,11 @@ def _epoch_end(trainer: Any, state: TrainState, event: Event) -> TrainState:
     return state
 
 
-def _fit_end(trainer: Any, state: TrainState, event: Event) -> TrainState:
-    return state
-
-
 _HANDLERS = {
     "fit_start": _fit_start,
     "epoch_start": _epoch_start,
     "step": _step,
     "epoch_end": _epoch_end,
-    "fit_end": _fit_end,
 }
 
 
@@ -403,11 +397,8 @@ def prepare_training_loader(trainer: Any) -> None:
     trainer._train_loader = loaders.training_loader(trainer)
     trainer._loaded_at["train"] = trainer.current_epoch
     length = loaders.length_of(trainer._train_loader)
-    if trainer.overfit_batches > 0:
-        total = loaders.limited(length, trainer.overfit_batches, "overfit_batches")
-    else:
-        total = loaders.limited(length, trainer.limit_train_batches, "limit_train_batches")
-    total = equal_number(trainer, total)
+    limit = "overfit_batches" if trainer.overfit_batches > 0 else "limit_train_batches"
+    total = equal_number(trainer, loaders.limited(length, getattr(trainer, limit), limit))
     trainer.num_training_batches = total
     interval = trainer.val_check_interval
     if isinstance(interval, int) and not isinstance(interval, bool):
