@@ -32,6 +32,18 @@ _REDUCTIONS: dict[str | None, Callable[[Any], Any] | None] = {
 }
 
 
+def _binary(operation: Callable[..., Any]) -> tuple[Any, Any]:
+    """The methods of an operator: with the metric on its left, and on its right."""
+
+    def of(self: Metric, other: Any) -> CompositionalMetric:
+        return CompositionalMetric(operation, self, other)
+
+    def swapped(self: Metric, other: Any) -> CompositionalMetric:
+        return CompositionalMetric(operation, other, self)
+
+    return of, swapped
+
+
 class Metric(nn.Module, ABC):
     """The base of metrics: one's own declares its state and has ``update`` and ``compute``.
 
@@ -313,89 +325,23 @@ class Metric(nn.Module, ABC):
 
     # ── Arithmetic ────────────────────────────────────────────────────────────────────────────────
 
-    def __add__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.add, self, other)
-
-    def __radd__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.add, other, self)
-
-    def __sub__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.sub, self, other)
-
-    def __rsub__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.sub, other, self)
-
-    def __mul__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.mul, self, other)
-
-    def __rmul__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.mul, other, self)
-
-    def __truediv__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.true_divide, self, other)
-
-    def __rtruediv__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.true_divide, other, self)
-
-    def __floordiv__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.floor_divide, self, other)
-
-    def __rfloordiv__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.floor_divide, other, self)
-
-    def __mod__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.fmod, self, other)
-
-    def __rmod__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.fmod, other, self)
-
-    def __pow__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.pow, self, other)
-
-    def __rpow__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.pow, other, self)
-
-    def __matmul__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.matmul, self, other)
-
-    def __rmatmul__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.matmul, other, self)
-
-    def __and__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.bitwise_and, self, other)
-
-    def __rand__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.bitwise_and, other, self)
-
-    def __or__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.bitwise_or, self, other)
-
-    def __ror__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.bitwise_or, other, self)
-
-    def __xor__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.bitwise_xor, self, other)
-
-    def __rxor__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.bitwise_xor, other, self)
-
-    def __eq__(self, other: object) -> Any:
-        return CompositionalMetric(torch.eq, self, other)
-
-    def __ne__(self, other: object) -> Any:
-        return CompositionalMetric(torch.ne, self, other)
-
-    def __lt__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.lt, self, other)
-
-    def __le__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.le, self, other)
-
-    def __gt__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.gt, self, other)
-
-    def __ge__(self, other: Any) -> CompositionalMetric:
-        return CompositionalMetric(torch.ge, self, other)
+    __add__, __radd__ = _binary(torch.add)
+    __sub__, __rsub__ = _binary(torch.sub)
+    __mul__, __rmul__ = _binary(torch.mul)
+    __truediv__, __rtruediv__ = _binary(torch.true_divide)
+    __floordiv__, __rfloordiv__ = _binary(torch.floor_divide)
+    __mod__, __rmod__ = _binary(torch.fmod)
+    __pow__, __rpow__ = _binary(torch.pow)
+    __matmul__, __rmatmul__ = _binary(torch.matmul)
+    __and__, __rand__ = _binary(torch.bitwise_and)
+    __or__, __ror__ = _binary(torch.bitwise_or)
+    __xor__, __rxor__ = _binary(torch.bitwise_xor)
+    __eq__ = _binary(torch.eq)[0]
+    __ne__ = _binary(torch.ne)[0]
+    __lt__ = _binary(torch.lt)[0]
+    __le__ = _binary(torch.le)[0]
+    __gt__ = _binary(torch.gt)[0]
+    __ge__ = _binary(torch.ge)[0]
 
     def __abs__(self) -> CompositionalMetric:
         return CompositionalMetric(torch.abs, self, None)
