@@ -24,7 +24,15 @@ from puretrain.lightning.utilities.distributed import rank_zero_warn
 from puretrain.lightning.version import __version__
 from puretrain.state import Cursor, TrainState
 
-__all__ = ["CallbackStates", "dump", "load_module", "restore_fit", "restore_weights"]
+__all__ = [
+    "CallbackStates",
+    "dump",
+    "load",
+    "load_module",
+    "restore_fit",
+    "restore_weights",
+    "save",
+]
 
 _HPARAMS = "hyper_parameters"
 _PLACE = "puretrain"
@@ -63,8 +71,8 @@ class CallbackStates(dict[str, Any]):
 def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
     """The checkpoint of a trainer, as hooks may change it and as it is written."""
     module = trainer._module
-    training = trainer._fold is not None
-    in_epoch = trainer._due < 10 and training and int(trainer._fold.cursor.offset) > 0
+    fitting = trainer._fold is not None
+    in_epoch = trainer._due < training.EPOCH_ENDED and fitting and trainer._fold.cursor.offset > 0
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch + 1 if trainer._steps_done else trainer.current_epoch,
         "global_step": trainer._steps_done,
@@ -77,12 +85,12 @@ def dump(trainer: Any, *, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["lr_schedulers"] = [c["scheduler"].state_dict() for c in trainer.lr_schedulers]
         if trainer._scaler is not None:
             checkpoint[_SCALER] = trainer._scaler.state_dict()
-        if training:
+        if fitting:
             counters = loop_counters(
                 trainer._steps_done, trainer._total_batches, checkpoint["epoch"]
             )
             checkpoint["loops"] = {"fit_loop": counters}
-            checkpoint["puretrain"] = _position(trainer, in_epoch=in_epoch)
+            checkpoint["puretrain"] = _position(trainer, in_epoch=bool(in_epoch))
     hparams = module.__dict__.get("_hparams")
     if hparams:
         name = module.__dict__.get("_hparams_name")
