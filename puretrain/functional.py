@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from puretrain import random
-from puretrain.errors import StructureError, TransformError
+from puretrain.errors import ConfigurationError, StructureError, TransformError
 from puretrain.tree import FrozenDict, frozen_dict, tree_leaves, under_transform
 
 __all__ = ["Apply", "Functional", "functional", "load_into", "rematerialize"]
@@ -89,6 +89,7 @@ def functional(module: nn.Module) -> Functional:
     ``apply`` accepts real ones of the same shapes in their place.
 
     Raises:
+        ConfigurationError: it is no module.
         StructureError: the module has parameters without a shape yet (lazy modules).
         TransformError: (``apply``) it is under ``vmap``, and a layer in the module has no rule for
             it: ``nn.RNN``, ``nn.GRU``, ``nn.LSTM`` and ``nn.LSTMCell``.
@@ -101,6 +102,8 @@ def functional(module: nn.Module) -> Functional:
         >>> buffers["running_mean"], after["running_mean"]
         (tensor([0., 0.]), tensor([0.2000, 0.2000]))
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"functional takes a torch.nn.Module, not {module!r:.80}")
     params: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     slots = list(_find_slots(module))

@@ -1068,7 +1068,7 @@ def foreign(kind, path):
         ("old torch", "no puretrain checkpoint but a pickle"),
         ("torch", "a zip archive, as torch.save"),
         ("zip", "a zip archive"),
-        ("npz", "a zip archive, as torch.save and numpy.savez"),
+        ("npz", "numpy.savez and Lightning write it; `puretrain convert` makes one of it"),
         ("safetensors", "a safetensors file"),
         ("text", "something else, which begins with b'learning'"),
         ("short", "something else, which begins with b'a'"),

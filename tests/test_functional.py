@@ -198,6 +198,12 @@ def test_meta_modules_take_real_tensors():
     assert model.weight.device.type == "meta"
 
 
+def test_what_is_no_module_is_refused():
+    for other in (3, nn.Linear):
+        with pytest.raises(pt.errors.ConfigurationError, match="takes a torch.nn.Module, not"):
+            pt.functional(other)
+
+
 def test_lazy_modules_are_refused_by_name():
     model = nn.Sequential(nn.ReLU(), nn.LazyLinear(3))
     with pytest.raises(StructureError, match=r"1\.weight of Sequential has no shape yet"):

@@ -437,12 +437,13 @@ def _foreign(content: bytes) -> str:
             "the first bytes are damaged, as by a transfer that changes line ends: copy the file "
             "in binary mode"
         )
+    convert = "; `puretrain convert` makes one of it"
     if content.startswith(b"PK\3\4"):
-        kind = "a zip archive, as torch.save and numpy.savez write it"
+        kind = f"a zip archive, as torch.save, numpy.savez and Lightning write it{convert}"
     elif content.startswith(b"\x80") and content[1:2] in {b"\2", b"\3", b"\4", b"\5"}:
-        kind = "a pickle"
+        kind = f"a pickle{convert}"
     elif content[8:10] == b'{"':
-        kind = "a safetensors file"
+        kind = f"a safetensors file{convert}"
     else:
         kind = f"something else, which begins with {content[:8]!r}"
     return f"this is no puretrain checkpoint but {kind}"

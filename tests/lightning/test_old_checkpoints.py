@@ -106,6 +106,14 @@ def test_an_object_is_refused(tmp_path, monkeypatch):
         pt.convert(str(path), str(tmp_path / "ours.ckpt"))
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\3\4 and no more", b"\x80\x02."])
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
+    path = tmp_path / "text.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="text.ckpt"):
+        pl.LightningModule.load_from_checkpoint(path)
+
+
 def test_a_checkpoint_of_the_adapter_converts(tmp_path):
     model = Model(0.1)
     trainer = pl.Trainer(

@@ -239,8 +239,10 @@ def read(path: Any, map_location: Any = None, *, weights_only: bool | None = Non
         return cloud_io.load(path, map_location=map_location)
     except CheckpointError:
         raise
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{name} can't be read: {error}") from error
+    except Exception as error:  # an unpickler on bytes that are none raises anything
+        raise CheckpointError(
+            f"{name} is no checkpoint, or is damaged: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_zip(path: Any) -> bool:
