@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ("py:class", r"puretrain\.(\w+\.\w+\.|.*\._).*"),
 ]
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 
