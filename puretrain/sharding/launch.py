@@ -13,6 +13,7 @@ import faulthandler
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from puretrain.errors import ConfigurationError, PuretrainError
+from puretrain.observers.progress import folded
 
 __all__ = ["is_worker", "launch", "telling_launcher"]
 
@@ -310,7 +312,10 @@ def _tell(failures: Mapping[int, Any], first: int, debug: bool) -> None:
         text = f"{name}: {facts['ours']} (--debug shows where)"
     else:
         text = f"{name}:\n{facts['py_callstack'].rstrip()}"
-    print(f"puretrain: error: {text}", file=sys.stderr, flush=True)
+    columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
+    told, newline, calls = f"puretrain: error: {text}".partition("\n")
+    told = folded(told.split(" "), columns, " ")
+    print(told + newline + calls, file=sys.stderr, flush=True)
 
 
 def _facts(failure: Any) -> dict[str, Any] | None:
