@@ -218,7 +218,9 @@ def _lr_find(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     if is_worker():
-        with telling_launcher(), processes(timeout=options.timeout) as mesh:
+        # Twice: what fails here is told before the others hear of it, by a closed connection, and
+        # fail as well; and joining them can fail too.
+        with telling_launcher(), processes(timeout=options.timeout) as mesh, telling_launcher():
             return _train(options, mesh)
     if options.max_restarts and options.resume is not True:
         raise ConfigurationError(
