@@ -21,8 +21,8 @@ examples:
   puretrain completion zsh > ~/.zfunc/_puretrain
   puretrain completion fish > ~/.config/fish/completions/puretrain.fish
 
-For bash, add the line `source ~/.puretrain.bash` to ~/.bashrc; for zsh, add
-`fpath+=~/.zfunc; autoload -Uz compinit; compinit` to ~/.zshrc; fish finds it by itself.
+For bash, add the line `source ~/.puretrain.bash` to ~/.bashrc; for zsh, `mkdir -p ~/.zfunc` first
+and add `fpath+=~/.zfunc; autoload -Uz compinit; compinit` to ~/.zshrc; fish finds it by itself.
 """
 _FILES = {"A", "B", "CKPT", "FILE", "FILE[:NAME]"}  # metavars of arguments that are files
 _DIRECTORIES = {"DIR", "RUN", "RUN_A", "RUN_B"}
