@@ -67,7 +67,7 @@ def list_names(app, what, name, obj, options, lines):
     if what != "module" or not options.get("members"):
         return
     values = {each: getattr(obj, each) for each in obj.__all__}
-    names = [each for each in values if isroutine(values[each]) or isclass(values[each])]
+    names = [each for kind in (isroutine, isclass) for each in values if kind(values[each])]
     if len(names) > 3:
         lines += ["", ".. autosummary::", "   :nosignatures:", ""]
         lines += [f"   {each}" for each in names]
