@@ -1,5 +1,6 @@
 """What all tests share: reproducible examples, and no test that leaves torch changed."""
 
+import gc
 import os
 
 import hypothesis
@@ -14,6 +15,22 @@ import torch
 # The same examples on each run: a failure can be repeated, and a slow machine is no failure.
 hypothesis.settings.register_profile("puretrain", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("puretrain")
+
+
+def pytest_collection_finish():
+    """All that was imported and collected is there to the end; no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_cache_of_inductor(tmp_path_factory):
+    """What inductor has compiled is kept for all tests of a session, and nowhere else."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+        yield
 
 
 @pytest.fixture(autouse=True)

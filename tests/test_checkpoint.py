@@ -1163,13 +1163,16 @@ def test_a_disk_that_ends_at_any_place_leaves_the_old_file(tmp_path):
         import resource, signal, sys, torch, puretrain as pt
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         new = {"n": 2, "w": torch.full((60_000,), 2.0), "v": torch.full((40_000,), 2.0)}
+        endless = resource.RLIM_INFINITY
         for limit in map(int, sys.argv[2:]):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, endless))
             try:
                 pt.save(sys.argv[1], new)
-                print("saved")
+                said = "saved"
             except pt.errors.CheckpointError as error:
-                print(error)
+                said = str(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))
+            print(said, flush=True)  # also into a file
         """,
         tmp_path / "a",
         *(0, 1, 63, 64, 500, 70_000, 262_144, 300_000, len(before) - 1, len(before)),

@@ -19,11 +19,8 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    """What inductor has compiled is kept for the other tests, and nowhere else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
+def _compiled_no_longer():
+    yield
     torch.compiler.reset()
 
 

@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import forking
 import pytest
 import torch
 import torch.distributed as dist
@@ -82,14 +82,7 @@ def together(directory, data, shard, work, *, deadline=60):
 
 def scenario(name, directory):
     """Run a function of this file in a process that has imported torch and does nothing else."""
-    done = subprocess.run(
-        [sys.executable, __file__, name, str(directory)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(Path(pt.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-    )
+    done = forking.run(__file__, name, directory, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

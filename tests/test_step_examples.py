@@ -1,12 +1,11 @@
 """The examples of compiled, composed and explained steps, and that the examples' models compile."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import torch
 
@@ -16,16 +15,8 @@ from puretrain.explain import read_explanations
 ROOT = Path(__file__).parents[1]
 
 
-def run(name, *options, cwd=ROOT, **environment):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"examples/{name}.py"), *map(str, options)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        timeout=240,
-        check=False,
-    )
+def run(name, *options, cwd=ROOT):
+    done = forking.run(ROOT / f"examples/{name}.py", *options, cwd=cwd, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -34,8 +25,8 @@ def run(name, *options, cwd=ROOT, **environment):
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="the example compiles C++, and there is no C++ compiler on this machine",
 )
-def test_compiled_makes_one_graph(tmp_path):
-    out = run("compiled", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+def test_compiled_makes_one_graph():
+    out = run("compiled")
     assert "1001 calls, 1 graphs, 0 breaks, 0 recompiles" in out
     assert float(re.search(r"apart by at most (\S+) after", out)[1]) < 1e-3
     assert float(re.search(r"test accuracy ([0-9.]+)%", out)[1]) > 85
