@@ -184,6 +184,7 @@ def assert_plain(node):
         assert type(node) in {torch.Tensor, bool, int, float, str, bytes, type(None)}
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_every_dtype(tmp_path, name):
     dtype = getattr(torch, name)

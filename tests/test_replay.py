@@ -424,6 +424,7 @@ def test_an_example_that_was_killed_and_resumed_replays_to_the_bit(
     sys.modules.pop(name, None)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 def test_digits_with_workers_one_of_them_killed_replays_with_any_number(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import digits

@@ -183,7 +183,8 @@ def test_a_writer_gets_the_places_of_the_samples_also_if_nothing_is_returned(tmp
     trainer = trainer_of(tmp_path, callbacks=[Writer("batch_and_epoch")])
     torch.manual_seed(3)
     data = loader(5, shuffle=True, drop_last=True)
-    assert trainer.predict(Predicts(), data, return_predictions=False) is None
+    with pytest.warns(UserWarning, match="predict_dataloader has `shuffle=True`"):
+        assert trainer.predict(Predicts(), data, return_predictions=False) is None
     (((predictions,), (indices,)),) = by_epoch
     assert [count for _, count in by_batch] == [2, 2, 1]  # a prediction leaves nobody out
     assert [places for places, _ in by_batch] == indices
@@ -298,7 +299,8 @@ def test_overfit_batches_trains_validates_and_tests_on_the_same_few(tmp_path, sh
     model = Sees()
     trainer = trainer_of(tmp_path, overfit_batches=share, num_sanity_val_steps=0, max_epochs=2)
     other = DataLoader(TensorDataset(samples(seed=1)), 2)
-    trainer.fit(model, loader(shuffle=True), other)
+    with pytest.warns(UserWarning, match="turning off the training dataloader shuffling"):
+        trainer.fit(model, loader(shuffle=True), other)
     trainer.test(model, other, verbose=False)
     few = samples()[: 2 * count]
     assert torch.equal(torch.cat(model.seen), torch.cat([few, few]))
@@ -370,7 +372,10 @@ def test_a_nan_in_backward_is_named_if_that_is_wanted(tmp_path):
         def training_step(self, batch, batch_idx):
             return (self(batch[0]) * 0).sqrt().sum() * 0
 
-    with pytest.raises(RuntimeError, match=r"SqrtBackward0.*returned nan values"):
+    with (
+        pytest.warns(UserWarning, match="Error detected in SqrtBackward0"),
+        pytest.raises(RuntimeError, match=r"SqrtBackward0.*returned nan values"),
+    ):
         trainer_of(tmp_path, detect_anomaly=True).fit(Breaks(), loader())
     assert not torch.is_anomaly_enabled()
     trainer_of(tmp_path).fit(Breaks(), loader())

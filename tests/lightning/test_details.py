@@ -3,6 +3,7 @@
 import functools
 import http.server
 import threading
+import warnings
 
 import pytest
 import torch
@@ -277,3 +278,19 @@ def test_a_module_is_loaded_from_a_path_an_open_file_and_a_url(tmp_path):
         Model.load_from_checkpoint(path, width=5)
     with pytest.raises(KeyError, match="contains only the model"):
         trainer_of(tmp_path, resume_from_checkpoint=str(path)).fit(Model(2), loader())
+
+
+# ── Warnings ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_fit_warns_of_what_will_not_be_seen(tmp_path):
+    with (
+        pytest.warns(UserWarning, match=r"training samples \(4\) is smaller than the logging in"),
+        pytest.warns(UserWarning, match="validation_step but have no val_dataloader"),
+    ):
+        trainer_of(tmp_path, logger=True).fit(Model(), loader())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer_of(tmp_path, log_every_n_steps=4, num_sanity_val_steps=0).fit(
+            Model(), loader(), loader()
+        )

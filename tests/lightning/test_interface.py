@@ -163,12 +163,18 @@ def test_names_of_learning_rates(tmp_path):
 
 def test_what_is_no_plain_value_is_not_read_from_a_checkpoint(tmp_path):
     trainer = trainer_for(tmp_path, max_epochs=1)
-    trainer.fit(Model(obj=nn.ReLU()))
+    with (
+        pytest.warns(UserWarning, match="'obj' is an instance of `nn.Module`"),
+        pytest.warns(UserWarning, match="Skipping 'obj' parameter"),
+    ):
+        trainer.fit(Model(obj=nn.ReLU()))
     path = trainer.checkpoint_callback.best_model_path
     with pytest.raises(CheckpointError, match="obj"):
         Model.load_from_checkpoint(path)
     assert Model.load_from_checkpoint(path, obj=3).hparams.obj == 3
-    assert isinstance(Model.load_from_checkpoint(path, weights_only=False).hparams.obj, nn.ReLU)
+    with pytest.warns(UserWarning, match="'obj' is an instance of `nn.Module`"):
+        loaded = Model.load_from_checkpoint(path, weights_only=False)
+    assert isinstance(loaded.hparams.obj, nn.ReLU)
 
 
 def test_the_state_is_bound_to_the_module(tmp_path):

@@ -83,7 +83,11 @@ def test_it_is_read_resumed_and_converted(tmp_path, monkeypatch):
         max_epochs=3, resume_from_checkpoint=str(path), default_root_dir=str(tmp_path),
         logger=False, progress_bar_refresh_rate=0, callbacks=[own],
     )  # fmt: skip
-    trainer.fit(again, torch.utils.data.DataLoader(torch.ones(2, 4)))
+    with (
+        pytest.warns(UserWarning, match="Lightning, which does not keep the place in an epoch"),
+        pytest.warns(UserWarning, match="The dirpath has changed from 'd'"),
+    ):
+        trainer.fit(again, torch.utils.data.DataLoader(torch.ones(2, 4)))
     assert own.state == {"a": 1}
     assert trainer.global_step == 6
     assert trainer.current_epoch == 2

@@ -133,6 +133,7 @@ def plainly(clip=None, accumulate=1, first=0):
         ({}, {"accumulate_grad_batches": 2}, {"accumulate": 2}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # in one of the cases
 def test_half_precision_is_that_of_plain_torch(model, arguments, expected, tmp_path):
     layer, scaler = plainly(**expected)
     pl.seed_everything(1)

@@ -81,7 +81,8 @@ def test_a_classifier_is_trained_tested_and_loaded(tmp_path):
         monitor="valid_acc", mode="max", filename="{epoch}-{valid_acc:.2f}"
     )
     trainer = quiet(tmp_path, max_epochs=6, callbacks=[checkpoint, LearningRateMonitor("step")])
-    assert trainer.fit(model, DataLoader(train, 8, shuffle=True), DataLoader(val, 8)) == 1
+    with pytest.warns(UserWarning, match="models that have no learning rate schedulers"):
+        assert trainer.fit(model, DataLoader(train, 8, shuffle=True), DataLoader(val, 8)) == 1
     assert trainer.state == TrainerState.FINISHED
     assert trainer.current_epoch == 5
     assert trainer.global_step == 36
@@ -322,7 +323,7 @@ def test_a_stream_that_the_module_feeds(tmp_path):
 
         def __iter__(self):
             for step in range(10):
-                yield torch.randn(2) + step, float(self.module.layer.weight.sum())
+                yield torch.randn(2) + step, float(self.module.layer.weight.detach().sum())
 
     class Agent(Small):
         def training_step(self, batch, batch_idx):
@@ -383,9 +384,10 @@ def test_limits_and_fast_dev_run(tmp_path):
     assert len(model.batches) == 1
     assert list(tmp_path.rglob("*.ckpt")) == []
     model = Small()
-    quiet(tmp_path, overfit_batches=2, logger=False).fit(
-        model, DataLoader(torch.arange(16.0).view(8, 2), batch_size=2, shuffle=True)
-    )
+    with pytest.warns(UserWarning, match="turning off the training dataloader shuffling"):
+        quiet(tmp_path, overfit_batches=2, logger=False).fit(
+            model, DataLoader(torch.arange(16.0).view(8, 2), batch_size=2, shuffle=True)
+        )
     assert [b[0, 0].item() for b in model.batches] == [0.0, 4.0, 0.0, 4.0]
 
 

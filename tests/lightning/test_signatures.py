@@ -182,7 +182,8 @@ def test_each_hook_of_a_callback_is_there_and_is_called(tmp_path):
 
     first = trainer()
     model = Model(KeyboardInterrupt())
-    first.fit(model, loader, loader)
+    with pytest.warns(UserWarning, match="Detected KeyboardInterrupt"):
+        first.fit(model, loader, loader)
     first.test(model, loader, verbose=False)
     first.predict(model, loader)
     first.save_checkpoint(path)

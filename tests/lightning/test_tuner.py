@@ -188,7 +188,8 @@ def test_a_batch_without_a_loss_leaves_a_gap(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) if batch_idx % 2 else None
 
-    found = trainer_of(tmp_path).tuner.lr_find(Sometimes(batch_size=8), num_training=40)
+    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
+        found = trainer_of(tmp_path).tuner.lr_find(Sometimes(batch_size=8), num_training=40)
     losses = found.results["loss"]
     assert all(np.isnan(losses[0::2]))
     assert all(np.isfinite(losses[1::2]))
