@@ -66,10 +66,10 @@ def test_the_learning_rate_of_digits_is_found(capsys, monkeypatch):
 
 def test_char_lm_learns_and_resumes(tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    first = start("char_lm", "--steps", 10, "--directory", stopped)
-    second = start("char_lm", "--steps", 25, "--directory", straight)
+    first = start("char_lm", "--steps", 6, "--directory", stopped)
+    second = start("char_lm", "--steps", 14, "--directory", straight)
     bits = float(found(r"([0-9.]+) bits per byte", output(first)))
-    resumed = output(start("char_lm", "--steps", 25, "--directory", stopped, "--resume"))
+    resumed = output(start("char_lm", "--steps", 14, "--directory", stopped, "--resume"))
     out = output(second)
     assert found(r"state (\w{32})", out) == found(r"state (\w{32})", resumed)
     # Uniform guessing takes 8 bits, and knowing how often each byte occurs 4.9.
