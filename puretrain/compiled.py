@@ -240,7 +240,7 @@ def compiled(
     return cast(CompiledStep, run)
 
 
-def _advance(step: Any, state: Any, batch: Any) -> Any:
+def _advance(step: Any, state: Any, batch: Any) -> Any:  # pragma: no cover - is traced, not run
     """What is compiled: a step, and then the copying of what is new over what is old.
 
     The compiler lets the operations write there at once, where they can.
@@ -263,7 +263,7 @@ def _advance(step: Any, state: Any, batch: Any) -> Any:
     return new.replace(**changes)
 
 
-def _apart(before: list[Any], leaf: Any) -> Any:
+def _apart(before: list[Any], leaf: Any) -> Any:  # pragma: no cover - is traced, not run
     return leaf if any(leaf is other for other in before) else leaf.clone()
 
 

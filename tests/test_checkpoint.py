@@ -1132,12 +1132,16 @@ def test_a_read_only_directory():
         done = run_python(
             """
             import os, sys, puretrain as pt
-            if os.getuid() == 0:  # who may write anywhere
-                os.setuid(65534)
+            is_root = os.getuid() == 0  # who may write anywhere
+            if is_root:
+                os.seteuid(65534)
             try:
                 pt.save(sys.argv[1], 2)
             except pt.errors.CheckpointError as error:
                 print(error)
+            finally:
+                if is_root:
+                    os.seteuid(0)
             """,
             path,
         )

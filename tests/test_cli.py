@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import forking
+import fsspec
 import pytest
 import torch
 
@@ -434,6 +435,13 @@ def test_verify(saved, tmp_path, call):
     assert status == 1
     assert sorted(line.split()[0] for line in out.splitlines()) == ["DAMAGED", "ok"]
     assert str(broken) in out
+    fsspec.filesystem("memory").pipe("/verified/a.ckpt", path.read_bytes())
+    for url in ("memory://verified", "memory://verified/a.ckpt"):
+        status, out, _ = call("verify", url)
+        assert (status, out.split()[0]) == (0, "ok")
+    status, _, err = call("verify", "memory://nowhere")
+    assert status == 2
+    assert "there is no checkpoint (*.ckpt) in memory://nowhere" in err
     status, out, _ = call("verify", path, broken, "--json")
     assert (status, [result["ok"] for result in json.loads(out)]) == (1, [True, False])
     (tmp_path / "nothing").mkdir()

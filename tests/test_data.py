@@ -852,3 +852,25 @@ def test_repr():
     assert repr(batches(torch.ones(3), 2, shuffle=True, seed=5)) == (
         "<Batches of 3 samples (Tensor), batch_size=2, shuffle=True, seed=5>"
     )
+
+
+def test_ready_batches_are_cut_along_their_first_dimension():
+    ready = [{"x": torch.arange(5.0), "y": np.arange(10).reshape(5, 2)}, {"x": torch.zeros(1)}]
+    cursor = Cursor()
+    whole = batches(ready)
+    read = [[got.batch for got in whole.divided(2, part).read(cursor)] for part in (0, 1)]
+    for number, batch in enumerate(ready):
+        for name, leaf in batch.items():
+            halves = [each[number] for each in read]
+            rows = [half.parts[0][name][: int(half.sizes[0])] for half in halves]
+            assert np.array_equal(np.concatenate(rows), leaf)
+    assert [[int(size) for size in each[0].sizes] for each in read] == [[2], [3]]
+    assert [[int(size) for size in each[1].sizes] for each in read] == [[0], [1]]  # of one sample
+    assert int(read[0][0].total) == 5
+    for wrong, said in (
+        ({"x": torch.zeros(2), "deep": [torch.zeros(3)]}, "deep/0 is none with 2 rows"),
+        ({"x": torch.zeros(2), "name": "a"}, "name is none with 2 rows"),
+        (torch.zeros(0, 3), "without a sample"),
+    ):
+        with pytest.raises(DataError, match=said):
+            next(batches([wrong]).divided(2, 0).read(cursor))

@@ -244,9 +244,12 @@ import resource, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from test_journal import make
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 run = make({str(tmp_path)!r}, epochs=100)
-run._replace(observers=run.observers[:1]).fit()
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+try:
+    run._replace(observers=run.observers[:1]).fit()
+finally:  # so that the traceback can be written, wherever to
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 """
     done = forking.run("-c", code)
     last = done.stderr.splitlines()[-1]

@@ -166,6 +166,22 @@ def test_what_cannot_be_tested_is_refused():
             pt.lr_find(state, step, data(), **wrong)
 
 
+def test_a_step_without_a_loss_is_refused():
+    state, step = made()
+
+    def silent(state, batch, *, donate=False):
+        after = step(state, batch, donate=donate)
+        return after.replace(metrics={"other": after.metrics["loss"]})
+
+    with pytest.raises(ConfigurationError, match="records the metric 'loss'.*gave: other"):
+        pt.lr_find(state, silent, data())
+
+
+def test_a_chart_of_too_few_points_says_so():
+    state, step = made(function=lambda params, *_: params["w"].sum() * math.nan)
+    assert "fewer than two finite losses" in pt.lr_find(state, step, data()).chart()
+
+
 def test_plot_and_chart(tmp_path):
     import matplotlib as mpl
 
