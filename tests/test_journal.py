@@ -10,6 +10,7 @@ import forking
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -132,6 +133,65 @@ def test_the_digest_of_a_batch_covers_content_dtype_and_shape():
         strided = (torch.stack([x, x], 1)[:, 0], torch.tensor(1))
         assert batch_digest(strided, kind) == batch_digest(batches[0], kind)
     assert batch_digest({"x": object()}) is None
+
+
+@pytest.mark.parametrize("tensor", TENSORS, ids=lambda t: f"{t.dtype}-{tuple(t.shape)}")
+def test_the_digest_of_a_batch_is_the_one_that_is_specified(tensor):
+    plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    content = plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    head = f"{str(tensor.dtype)[6:]}{list(tensor.shape)}".encode()
+    for batch, count in ((tensor, 1), ((tensor, tensor), 2), ([tensor], 1), ({"x": tensor}, 1)):
+        expected = xxhash.xxh3_64_intdigest((head + content) * count)
+        assert batch_digest(batch) == ("host", expected)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+@given(st.data())
+def test_any_changed_byte_changes_the_digest_of_a_batch(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    count = data.draw(st.integers(1, 300))
+    content = data.draw(st.binary(min_size=count * dtype.itemsize, max_size=count * dtype.itemsize))
+    place = data.draw(st.integers(0, len(content) - 1))
+    change = data.draw(st.integers(1, 255))
+    other = bytearray(content)
+    other[place] ^= change  # may be the sign of a zero, or the payload of a NaN
+    x, y = (torch.frombuffer(bytearray(b), dtype=dtype) for b in (content, other))
+    label = torch.arange(3)
+    for kind in ("host", "device"):
+        digest = batch_digest((x, label), kind)
+        assert digest == batch_digest((x.clone(), label.clone()), kind)
+        assert digest != batch_digest((y, label), kind)
+        assert digest != batch_digest((label, x), kind)
+        assert digest != batch_digest((x.reshape(1, -1), label), kind)
+
+
+@given(st.data())
+def test_the_order_of_elements_changes_the_digest_of_a_batch(data):
+    values = data.draw(st.lists(st.floats(width=32), min_size=2, max_size=50))
+    order = data.draw(st.permutations(range(len(values))))
+    x = torch.tensor(values)
+    same = torch.equal(x.view(torch.int32), x[order].view(torch.int32))
+    for kind in ("host", "device"):
+        assert (batch_digest((x,), kind) == batch_digest((x[order],), kind)) == same
+
+
+def test_signs_of_zeros_and_payloads_of_nans_change_the_digest_of_a_batch():
+    bits = [0x00000000, 0x80000000, 0x7FC00000, 0x7FC00001, 0xFFC00000, 0x7F800001]
+    batches = [(torch.tensor(b, dtype=torch.uint32).view(torch.float32),) for b in bits]
+    for kind in ("host", "device"):
+        assert len({int(batch_digest(b, kind).value) % 2**64 for b in batches}) == len(bits)
+
+
+def test_a_digest_leaves_its_batch_as_it_was():
+    x = torch.arange(6.0, requires_grad=True)
+    y = torch.arange(6.0)
+    batch_digest((x, y))
+    y.resize_(12)  # numpy would have forbidden that
+    assert x.requires_grad
+    assert y[:6].tolist() == x.tolist()
+    assert batch_digest((torch.eye(2).to_sparse(), y)) is None
 
 
 # ── What is written ───────────────────────────────────────────────────────────────────────────────

@@ -582,10 +582,10 @@ def compute_all(metrics: Mapping[str, Any]) -> FrozenDict[Tensor]:
     """
     values: dict[str, Tensor] = {}
     for name, metric in metrics.items():
-        if isinstance(metric, Mapping):
-            values.update((f"{name}/{k}", value) for k, value in compute_all(metric).items())
-        elif isinstance(metric, Tensor):
+        if isinstance(metric, Tensor):
             values[name] = metric
+        elif isinstance(metric, Mapping):
+            values.update((f"{name}/{k}", value) for k, value in compute_all(metric).items())
         else:
             values[name] = cast(Metric, as_metric(metric)).compute()
     return FrozenDict(values)

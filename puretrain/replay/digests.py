@@ -20,8 +20,11 @@ is used for batches there.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -243,12 +246,17 @@ def batch_digest(batch: Any, kind: Literal["host", "device"] | None = None) -> B
     >>> print(batch_digest([object()]))
     None
     """
-    leaves = [
-        torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
-        for leaf in tree_leaves(batch)
-    ]
+    # After a step no code is in the processor's cache: the fewer different things are done, the
+    # better. So the usual batch, a tuple of tensors, does not go through the functions for trees.
+    if type(batch) is tuple and all(type(leaf) is Tensor for leaf in batch):
+        leaves: Sequence[Any] = batch
+    else:
+        leaves = [
+            torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+            for leaf in tree_leaves(batch)
+        ]
     if kind is None:
-        away = any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in leaves)
+        away = any(isinstance(leaf, Tensor) and not leaf.is_cpu for leaf in leaves)
         kind = "device" if away else "host"
     try:
         if kind == "host":
@@ -258,19 +266,25 @@ def batch_digest(batch: Any, kind: Literal["host", "device"] | None = None) -> B
         return None
 
 
-def _host_batch(leaves: list[Any]) -> int:
+def _host_batch(leaves: Sequence[Any]) -> int:
     hasher = xxhash.xxh3_64()
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            hasher.update(_head(leaf.dtype, leaf.shape))
-            simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_neg()
-            if simple and leaf.dtype in _PLAIN and sys.byteorder == "little":
-                hasher.update(memoryview(leaf.detach().numpy()))  # type: ignore[arg-type]  # numpy's stubs
+            head, memory = _form(leaf.dtype, leaf.shape)
+            hasher.update(head)
+            if memory is not None and type(leaf) is Tensor and leaf.is_cpu and _is_bare(leaf):
+                # Not by way of numpy, which takes longer and forbids resizing the tensor.
+                hasher.update(memory.from_address(leaf.data_ptr()))
             else:
                 hasher.update(_bytes(leaf))
         else:
             hasher.update(_plain_digest(leaf).to_bytes(8, "little"))
     return hasher.intdigest()
+
+
+def _is_bare(leaf: Tensor) -> bool:
+    """Whether the memory of a tensor of real numbers is its content, element by element."""
+    return leaf.layout is torch.strided and leaf.is_contiguous() and not leaf.is_neg()
 
 
 def _bytes(leaf: Tensor) -> memoryview:
@@ -279,9 +293,19 @@ def _bytes(leaf: Tensor) -> memoryview:
     return tensor_bytes(leaf)
 
 
-# What numpy has too, so that the bytes are at hand without a view of another dtype.
-_PLAIN = frozenset(
-    {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
+@functools.lru_cache(maxsize=1024)
+def _form(
+    dtype: torch.dtype, shape: torch.Size
+) -> tuple[bytes, type[ctypes.Array[ctypes.c_char]] | None]:
+    """What the digest says of dtype and shape, and the memory of usual tensors as ctypes has it."""
+    usual = dtype in _USUAL and sys.byteorder == "little"
+    nbytes = math.prod(shape) * dtype.itemsize
+    return _head(dtype, shape), ctypes.c_char * nbytes if usual else None
+
+
+_USUAL = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 )
 
 
@@ -290,7 +314,7 @@ def _head(dtype: torch.dtype, shape: torch.Size) -> bytes:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}".encode()
 
 
-def _device_batch(leaves: list[Any]) -> int | Tensor:
+def _device_batch(leaves: Sequence[Any]) -> int | Tensor:
     total: int | Tensor = 0
     for number, leaf in enumerate(leaves, start=1):
         if isinstance(leaf, Tensor):

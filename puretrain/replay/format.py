@@ -18,6 +18,7 @@ HEADER = _MAGIC + struct.pack("<II", VERSION, 0)
 _SYNC = b"\xf5rec"
 _HEAD = struct.Struct("<4sIQ")  # sync mark, length of the content, checksum
 _LARGEST = 1 << 26
+_PACKER = msgpack.Packer()  # each has a buffer of its own, which takes longer than a record
 
 # Kinds of records: the first element of each.
 SEGMENT, COLUMNS, LEAVES, STEP, EVENT = range(5)
@@ -47,7 +48,7 @@ class Scan(NamedTuple):
 
 def encode(record: list[Any], offset: int) -> bytes:
     """The bytes of a record that is to stand at an offset."""
-    content: bytes = msgpack.packb(record)
+    content: bytes = _PACKER.pack(record)
     length = len(content)
     if length > _LARGEST:
         raise JournalError(

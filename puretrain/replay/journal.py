@@ -339,11 +339,18 @@ class _Writer:
             digests, batch = leaf_digests(state) if ends else None, None
             head = [EVENT, self._segment, kind]
         head += [event.step, event.epoch, int(state.cursor.offset), time.time()]
-        metrics = compute_all(step_metrics(state, event))
-        names = tuple([name for name, value in metrics.items() if value.numel() == 1])
-        values = [metrics[name] for name in names]
-        unread = _Unread(head, kind == "step", batch, names, values, digests)
-        away = unread.is_away()
+        names: list[str] = []
+        values: list[Tensor] = []
+        away = batch is not None and batch.kind == "device"
+        for name, value in compute_all(step_metrics(state, event)).items():
+            if value.numel() == 1:
+                names.append(name)
+                values.append(value)
+                away = away or not value.is_cpu
+        if digests is not None:
+            away = away or any(isinstance(value, Tensor) for value in digests.values)
+        unread = _Unread(head, kind == "step", batch, tuple(names), values, digests)
+        # Reading what is on a device would wait for it.
         if away or self._waiting:
             self._waiting.append(unread)
             if kind != "step" or len(self._waiting) >= _WAITING:
@@ -415,9 +422,7 @@ class _Writer:
         record = unread.head
         if unread.is_step:
             batch = unread.batch
-            record.append(
-                None if batch is None else struct.pack("<cQ", _BATCH[batch.kind], batch.value)
-            )
+            record.append(None if batch is None else _BATCH.pack(_KINDS[batch.kind], batch.value))
         record += [columns, [value.item() for value in unread.values]]
         if unread.digests is None:
             record += [None, None]
@@ -448,7 +453,8 @@ class _Writer:
         return JournalError(f"{self._path} can't be written: {error.strerror or error}")
 
 
-_BATCH = {"host": b"h", "device": b"d"}
+_BATCH = struct.Struct("<cQ")
+_KINDS = {"host": b"h", "device": b"d"}
 
 
 class _Unread(NamedTuple):
@@ -460,17 +466,6 @@ class _Unread(NamedTuple):
     names: tuple[str, ...]
     values: list[Tensor]
     digests: Digests | None
-
-    def is_away(self) -> bool:
-        """Whether reading it would wait for a device."""
-        if self.batch is not None and isinstance(self.batch.value, Tensor):
-            return True
-        for value in self.values:
-            if value.device.type != "cpu":
-                return True
-        return self.digests is not None and any(
-            isinstance(value, Tensor) for value in self.digests.values
-        )
 
 
 def _fetch(records: list[_Unread]) -> None:
