@@ -109,7 +109,8 @@ class Reducer(NamedTuple):
 class Observer(Protocol):
     """A callback that looks at states and events and writes elsewhere; a plain function will do.
 
-    If it has a method ``close()``, the loop calls that at the end, also after an error.
+    If it has a method ``close()``, the loop calls that at the end, also after an error. If it has a
+    method ``before_step(batch)``, the loop calls that with each batch of training, just read.
     """
 
     def __call__(self, state: Any, event: Event, /) -> None:
@@ -261,6 +262,7 @@ def _run(plan: _Plan, state: Any, received: list[int], keeping: ExitStack) -> An
     kept: set[int] | None = _overwritable(state)  # until a step has replaced it all
     batch_structure = None
     size, weight = 0, torch.zeros((), dtype=torch.float64)
+    early = [x.before_step for x in plan.observers if hasattr(x, "before_step")]
     state = _tell(plan, state, _event(plan, "fit_start", state))
     ended = bool(plan.source.exhausted(state.cursor))  # a state from the end of an epoch
     while True:
@@ -277,6 +279,8 @@ def _run(plan: _Plan, state: Any, received: list[int], keeping: ExitStack) -> An
         with closing(plan.source.read(state.cursor)) as reads:
             for batch, cursor, samples in reads:
                 batch_structure = _check_batch(batch, batch_structure, state)
+                for look in early:
+                    look(batch)
                 state = step(state, batch, donate=True)
                 if before is not None:
                     _check_unchanged(before, state)

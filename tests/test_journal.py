@@ -1,5 +1,6 @@
 """The journal: what it holds, what it survives, and the digests in it."""
 
+import functools
 import math
 import os
 import signal
@@ -192,6 +193,29 @@ def test_a_digest_leaves_its_batch_as_it_was():
     assert x.requires_grad
     assert y[:6].tolist() == x.tolist()
     assert batch_digest((torch.eye(2).to_sparse(), y)) is None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_journal_has_the_digests_of_the_batches_that_were_read(tmp_path, whole):
+    run = make(tmp_path, epochs=2)
+    journal = pt.journal(tmp_path)
+    if not whole:
+        journal = functools.partial(journal)  # hands on events only
+    seen = []
+
+    class Early:
+        def before_step(self, batch):
+            seen.append(batch)
+
+        def __call__(self, state, event):
+            if event.kind == "step":
+                assert seen[-1] is event.batch
+                assert len(seen) == event.step
+
+    pt.fit(run.state, run.step, run.batches, epochs=2, observers=[journal, Early()])
+    steps = read_journal(tmp_path).steps()
+    assert [steps[i + 1].batch for i in range(8)] == [batch_digest(batch) for batch in seen]
+    assert len({batch_digest(batch) for batch in seen}) == 8
 
 
 # ── What is written ───────────────────────────────────────────────────────────────────────────────

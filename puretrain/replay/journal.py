@@ -323,6 +323,12 @@ class _Writer:
         self._columns: dict[tuple[str, ...], int] = {}
         self._leaves: dict[tuple[tuple[str, str], ...], int] = {}
         self._waiting: list[_Unread] = []
+        self._read: tuple[Any, BatchDigest | None] | None = None  # a batch and its digest
+
+    def before_step(self, batch: Any) -> None:
+        """Digest a batch while it is in the processor's cache, and the step finds it there, too."""
+        if self._batches:
+            self._read = batch, batch_digest(batch)
 
     def __call__(self, state: Any, event: Event) -> None:
         kind = event.kind
@@ -332,7 +338,7 @@ class _Writer:
             self._open(state, event)
         if kind == "step":
             digests = None if event.step % self._every else leaf_digests(state)
-            batch = batch_digest(event.batch) if self._batches else None
+            batch = self._digest(event.batch)
             head: list[Any] = [STEP, self._segment]
         else:
             ends = kind in ("fit_start", "fit_end", "interrupt")
@@ -358,7 +364,15 @@ class _Writer:
         else:
             self._write(unread)
 
+    def _digest(self, batch: Any) -> BatchDigest | None:
+        read, self._read = self._read, None
+        if read is not None and read[0] is batch:
+            return read[1]
+        # Somebody between the loop and this observer has handed on events alone.
+        return batch_digest(batch) if self._batches else None
+
     def close(self) -> None:
+        self._read = None
         if self._file is None:
             return
         try:
