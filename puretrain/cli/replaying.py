@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puretrain.cli.checkpoints import write_differences
 from puretrain.cli.output import note, printable, write, write_json, write_table
@@ -16,7 +17,13 @@ from puretrain.cli.parsing import add_command
 from puretrain.cli.training import given_arguments
 from puretrain.replay import ChangedLeaf, FactDifference, Recorded, bisect, open_run, write_report
 from puretrain.replay.program import load_run, split_target
+from puretrain.run import Run
+from puretrain.sharding import distribute, processes
+from puretrain.sharding.launch import is_worker, launch, telling_launcher
 from puretrain.tree import LeafDifference
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["add_commands"]
 
@@ -24,7 +31,8 @@ _REPLAY = """\
 Take steps of a run again, from the nearest checkpoint at or before step N, and compare each with
 the run's journal: the batch, the metrics, and the digests of the state. Nothing is written: the
 observers are left out. The number of threads and the deterministic flags are those of the run,
-unless --own-settings.
+unless --own-settings. A run with --logical-shards is taken again in one process, with the same
+bits; any other run of several processes in as many.
 """
 _REPLAY_EXAMPLES = """\
 examples:
@@ -37,7 +45,8 @@ exit status: 0 if all steps are identical, 1 if one differs, 2 after an error
 _BISECT = """\
 Find the first step at which two runs part, then the leaf, and say what parted first: the batch, the
 key, the parameters, the buffers or the optimizer's state. Where the journals leave a gap, both runs
-are replayed from a common checkpoint.
+are replayed from a common checkpoint, in this process: not if one of them is a run of several
+processes without --logical-shards.
 """
 _BISECT_EXAMPLES = """\
 example:
@@ -108,28 +117,76 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--output", metavar="FILE", help="the page; by default RUN/report.html")
 
 
-def _open(directory: str, file: str | None, given: dict[str, Any]) -> Recorded:
-    if file is None:
-        return open_run(directory, None, **given)
-    split_target(file)  # says at once if it is not there
-    return open_run(directory, functools.partial(_made, file, given))
+def _open(
+    directory: str, file: str | None, given: dict[str, Any], mesh: DeviceMesh | None = None
+) -> Recorded:
+    if file is not None:
+        split_target(file)  # says at once if it is not there
+        recorded = open_run(directory, functools.partial(_made, file, given, mesh))
+    else:
+        recorded = open_run(directory, None, **given)
+        program = recorded.journal.segments[-1].program
+        if mesh is not None and program is not None and "mesh" in program.left_out:
+            recorded = open_run(directory, None, mesh=mesh, **given)
+    division = recorded.division(recorded.last)
+    if mesh is None or not division:
+        return recorded
+    return recorded._replace(make=functools.partial(_divided, recorded, mesh, division))
 
 
-def _made(file: str, given: dict[str, Any], **more: Any) -> Any:
-    return load_run(file, {**given, **more})
+def _made(file: str, given: dict[str, Any], mesh: DeviceMesh | None, **more: Any) -> Run:
+    return load_run(file, {**given, **more}, {} if mesh is None else {"mesh": mesh})
+
+
+def _divided(recorded: Recorded, mesh: DeviceMesh, division: Mapping[str, Any], **more: Any) -> Run:
+    run = recorded.make(**more)
+    if run.together is not None:
+        return run
+    return distribute(run, mesh, logical_shards=division.get("logical_shards"))
+
+
+@contextlib.contextmanager
+def _printing_to_stderr(mesh: DeviceMesh | None) -> Iterator[None]:
+    """The user's file may print; on stdout there is only the result. One process prints."""
+    if mesh is None or mesh.get_rank() == 0:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 # ── replay ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _replay(options: argparse.Namespace) -> int:
-    # The user's file may print; on stdout there is only the result.
-    with contextlib.redirect_stdout(sys.stderr):
-        recorded = _open(options.place, options.file, given_arguments(options))
-        _note_damage(recorded)
+    if is_worker():
+        with telling_launcher(), processes() as mesh:
+            return _replay_here(options, mesh)
+    read = open_run(options.place)
+    division = read.division(read.last if options.end is None else options.end)
+    if not division:
+        return _replay_here(options, None)
+    count = division["processes"]
+    if count > 1 and "logical_shards" not in division:
+        note(f"starting {count} processes, as the run had")
+        command = ["-m", "puretrain", *options.arguments]
+        return launch(command, nproc=count, debug=options.debug, answers=(1,))
+    with processes() as mesh:
+        return _replay_here(options, mesh)
+
+
+def _replay_here(options: argparse.Namespace, mesh: DeviceMesh | None) -> int:
+    first = mesh is None or mesh.get_rank() == 0
+    with _printing_to_stderr(mesh):
+        recorded = _open(options.place, options.file, given_arguments(options), mesh)
+        if first:
+            _note_damage(recorded)
         found = recorded.replay(
             options.begin, options.end, recorded_settings=not options.own_settings
         )
+    if not first:
+        return 0
     difference = found.difference
     if options.json:
         write_json(_plain(found))
@@ -174,9 +231,17 @@ def _note_damage(recorded: Recorded) -> None:
 
 
 def _bisect(options: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):
+    read = [open_run(directory) for directory in (options.a, options.b)]
+    if not any(recorded.division(recorded.last) for recorded in read):
+        return _bisect_here(options, None)
+    with processes() as mesh:
+        return _bisect_here(options, mesh)
+
+
+def _bisect_here(options: argparse.Namespace, mesh: DeviceMesh | None) -> int:
+    with _printing_to_stderr(mesh):
         a, b = (
-            _open(directory, file, {})
+            _open(directory, file, {}, mesh)
             for directory, file in ((options.a, options.file_a), (options.b, options.file_b))
         )
         for recorded in (a, b):

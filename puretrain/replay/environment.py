@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
@@ -39,8 +40,9 @@ class FactDifference(NamedTuple):
 def environment_facts(state: Any = None) -> Facts:
     """The facts of this process that can decide bits, in groups.
 
-    ``environment`` has versions and hardware, ``settings`` what this process can change, and
-    ``process`` what is only good to know: time, host, command.
+    ``environment`` has versions and hardware, ``settings`` what this process can change,
+    ``process`` what is only good to know (time, host, command), and ``division`` how many processes
+    there are that have joined (torch.distributed); it is empty in a process that is alone.
 
     >>> facts = environment_facts()
     >>> facts["settings"]["threads"] == torch.get_num_threads()
@@ -78,7 +80,12 @@ def environment_facts(state: Any = None) -> Facts:
             "directory": os.getcwd(),
             "command": [str(word) for word in sys.argv],
         },
+        "division": {"processes": dist.get_world_size()} if _joined() else {},
     }
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _cpu() -> str:
@@ -200,13 +207,13 @@ def _git(place: Path, *arguments: str) -> bytes | None:
 
 
 def compare_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[FactDifference]:
-    """The facts of the groups ``environment``, ``settings`` and ``code`` that differ.
+    """The facts of the groups ``environment``, ``settings``, ``division`` and ``code`` that differ.
 
     >>> compare_facts({"settings": {"threads": 2}}, {"settings": {"threads": 1}})
     [FactDifference(name='settings/threads', recorded=2, now=1)]
     """
     found = []
-    for group in ("environment", "settings", "code"):
+    for group in ("environment", "settings", "division", "code"):
         then, here = recorded.get(group, {}), now.get(group, {})
         found += [
             FactDifference(f"{group}/{name}", then.get(name), here.get(name))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import struct
@@ -318,6 +319,7 @@ class _Writer:
     def __init__(self, directory: Path, every: int, batches: bool, program: Program | None) -> None:
         self._path, self._every, self._batches = directory / NAME, every, batches
         self._program = program
+        self._shards: int | None = None
         self._file: int | None = None
         self._end = self._segment = 0
         self._columns: dict[tuple[str, ...], int] = {}
@@ -371,6 +373,12 @@ class _Writer:
         # Somebody between the loop and this observer has handed on events alone.
         return batch_digest(batch) if self._batches else None
 
+    def divided(self, logical_shards: int | None) -> _Writer:
+        """The same for a run whose batches are divided into so many parts, which it notes."""
+        other = copy.copy(self)
+        other._shards = logical_shards
+        return other
+
     def close(self) -> None:
         self._read = None
         if self._file is None:
@@ -405,9 +413,11 @@ class _Writer:
         self._append([SEGMENT, self._segment, self._facts(state, event)])
 
     def _facts(self, state: Any, event: Event) -> dict[str, Any]:
-        program = self._program
+        program, facts = self._program, environment_facts(state)
+        if self._shards is not None:
+            facts["division"]["logical_shards"] = self._shards
         return {
-            **environment_facts(state),
+            **facts,
             "code": code_facts(None if program is None else program.file),
             "program": None
             if program is None

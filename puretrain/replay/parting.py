@@ -81,6 +81,8 @@ def bisect(a: Recorded, b: Recorded) -> Parting:
     since, first = 0, None
     for step in common:
         one, other = steps_a[step], steps_b[step]
+        if a.division(step) != b.division(step):  # what the first processes had of the batches
+            one, other = one._replace(batch=None), other._replace(batch=None)
         if _differ(one, other):
             first = step
             break
@@ -88,7 +90,6 @@ def bisect(a: Recorded, b: Recorded) -> Parting:
             since = step
     if first is None:
         return Parting(len(common), None, since, True, "", (), (), facts, ())
-    one, other = steps_a[first], steps_b[first]
     notes: tuple[str, ...] = ()
     try:
         found = _replay_both(a, b, first)
@@ -219,7 +220,7 @@ def _fold(run: Recorded, state: Any, last: int, watch: Any) -> None:
     def check(state: Any, event: Event) -> None:
         if event.kind == "step" and event.step in steps:
             record = steps[event.step]
-            batch, metrics = compare_step(record, state, event)
+            batch, metrics = compare_step(record, state, event, run.division(event.step))
             if batch or metrics or (record.state and changed_leaves(record.state, _read(state))):
                 raise JournalError(
                     f"{run.directory} does not replay as it was: step {event.step} is another one "

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import torch.distributed as dist
 
 from puretrain.checkpoint import load, save
+from puretrain.data import Parts
 from puretrain.errors import (
     CheckpointError,
     ConfigurationError,
@@ -171,6 +173,16 @@ class Recorded(NamedTuple):
         """The facts of the process that a segment of the run ran in; by default of the last."""
         return self.journal.segments[segment].facts
 
+    def division(self, step: int) -> Mapping[str, Any]:
+        """How the batches were divided at a step.
+
+        Returns:
+            ``processes``, and ``logical_shards`` if :func:`puretrain.sharding.distribute` was given
+            that; empty if there was one process that had joined no others.
+        """
+        found: Mapping[str, Any] = self.journal.segment_of(step).facts.get("division", {})
+        return found
+
     def checkpoints(self) -> list[Checkpoint]:
         """The whole checkpoints in the directory of the run, the earliest first."""
         found = []
@@ -273,6 +285,7 @@ class Recorded(NamedTuple):
 
     def fold(self, run: Run, state: Any, end: int, watch: Callable[[Any, Event], None]) -> Any:
         """Take steps as the run did, until the watch has enough or the run is over."""
+        self._check_division(run, int(state.step), end)
         limits = [s.facts.get("start", {}).get("limit") for s in self.journal.segments]
         limit = limits[self.journal.segments.index(self.journal.segment_of(end))]
         try:
@@ -283,7 +296,7 @@ class Recorded(NamedTuple):
                 steps=limit,
                 epochs=sys.maxsize if limit is None else None,
                 reducers=run.reducers,
-                observers=[watch],
+                observers=[_of_all(run, watch)],
                 validation=run.validation,
                 handle_signals=False,
             )
@@ -304,6 +317,38 @@ class Recorded(NamedTuple):
             )
         return fresh, None
 
+    def _check_division(self, run: Run, begin: int, end: int) -> None:
+        """Steps that would come out differently are not taken."""
+        processes, shards = kind = _kind(self.division(end))
+        for step in range(begin + 1, end + 1):
+            if _kind(self.division(step)) != kind:
+                raise ConfigurationError(
+                    f"the batches of {self.directory} were divided in another way up to step "
+                    f"{step} than at step {end}: take the stretches one by one, with a checkpoint "
+                    "before each"
+                )
+        here = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        advice = (
+            "`puretrain replay` starts them; in Python, start a program with torchrun and give "
+            "open_run a function that returns pt.sharding.distribute(run, mesh)"
+        )
+        if shards is None and processes != here:
+            raise ConfigurationError(
+                f"{self.directory} is a run of {processes} processes without logical shards, and "
+                f"gives the same bits on as many only; here there are {here}: {advice}"
+            )
+        recipe = getattr(run.step, "recipe", None)
+        if run.together is None and (recipe is None or recipe.across is None):
+            if shards is not None:
+                raise ConfigurationError(
+                    f"the batches of {self.directory} were divided into {shards} logical shards: "
+                    "give open_run a function that returns "
+                    f"pt.sharding.distribute(run, mesh, logical_shards={shards}); `puretrain "
+                    "replay` does it by itself"
+                )
+            if processes > 1:
+                raise ConfigurationError(f"{self.directory} was divided: {advice}")
+
     def _check_step(self, name: str, step: int) -> None:
         first, last = self.journal.segments[0].start, self.last
         if not isinstance(step, int) or not 0 <= step <= last:
@@ -318,7 +363,8 @@ class Recorded(NamedTuple):
         recorded = dict(segment.facts)
         if not code:
             recorded.pop("code", None)
-        return compare_facts(recorded, {**environment_facts(state), "code": code})
+        recorded.pop("division", None)  # it is made again, or there was no replay
+        return compare_facts(recorded, {**environment_facts(state), "code": code, "division": {}})
 
 
 def open_run(
@@ -417,6 +463,32 @@ def _remembered(make: Callable[..., Run]) -> Callable[..., Run]:
     return remembered
 
 
+def _kind(division: Mapping[str, Any]) -> tuple[int, int | None]:
+    """What decides bits: the number of processes, or that of logical shards."""
+    shards = division.get("logical_shards")
+    return (1, shards) if shards is not None else (division.get("processes", 1), None)
+
+
+def _of_all(run: Run, watch: Callable[[Any, Event], None]) -> Callable[[Any, Event], None]:
+    """A watch that looks in the first process, which had the journal, and ends all of them."""
+    together = run.together
+    if together is None:
+        return watch
+
+    def of_all(state: Any, event: Event) -> None:
+        def enough() -> bool:
+            try:
+                watch(state, event)
+            except Enough:
+                return True
+            return False
+
+        if together.decide(enough):
+            raise Enough(state)
+
+    return of_all
+
+
 class Enough(Exception):
     """Ends a replay from inside of an observer."""
 
@@ -480,7 +552,8 @@ class _Comparison:
         record = self._steps.get(event.step)
         if record is None:
             return
-        batch, metrics = compare_step(record, state, event)
+        division = self._recorded.division(event.step)
+        batch, metrics = compare_step(record, state, event, division)
         leaves: tuple[ChangedLeaf, ...] = ()
         if record.state is not None:
             leaves = changed_leaves(record.state, leaf_digests(state))
@@ -518,12 +591,12 @@ class _Comparison:
 
 
 def compare_step(
-    record: StepRecord, state: Any, event: Event
+    record: StepRecord, state: Any, event: Event, division: Mapping[str, Any]
 ) -> tuple[bool, tuple[tuple[str, float, float], ...]]:
     """Whether a step has another batch than a journal says, and the metrics that differ."""
     other_batch = False
     if record.batch is not None:
-        now = batch_digest(event.batch, record.batch.kind)
+        now = batch_digest(_first_parts(event.batch, division), record.batch.kind)
         other_batch = now is not None and _value(now.value) != record.batch.value
     metrics = compute_all(step_metrics(state, event))
     changed = []
@@ -532,6 +605,15 @@ def compare_step(
         if struct.pack("<d", here) != struct.pack("<d", value):
             changed.append((name, value, here))
     return other_batch, tuple(changed)
+
+
+def _first_parts(batch: Any, division: Mapping[str, Any]) -> Any:
+    """Of a divided batch what the first process had, of which there is a digest in the journal."""
+    shards = division.get("logical_shards")
+    if shards is None or not isinstance(batch, Parts):
+        return batch
+    count = shards // division["processes"]
+    return Parts(batch.parts[:count], batch.sizes[:count], batch.total)
 
 
 def _value(digest: Any) -> int:

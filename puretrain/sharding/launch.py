@@ -90,6 +90,7 @@ def launch(
     max_restarts: int = 0,
     patience: float = 630.0,
     debug: bool = False,
+    answers: Sequence[int] = (),
 ) -> int:
     """Run a Python program in several processes, on this host and perhaps on others.
 
@@ -111,9 +112,10 @@ def launch(
         max_restarts: how often all processes are started again after one has failed.
         patience: for how many seconds to wait for the processes after a signal.
         debug: show tracebacks of errors of ours, and what torchrun logs.
+        answers: exit statuses besides 0 by which a process says something else than a failure.
 
     Returns:
-        The exit status: 0, or 130 and 143 after Ctrl-C and SIGTERM, or 2.
+        The exit status: 0 or an answer, or 130 and 143 after Ctrl-C and SIGTERM, or 2.
 
     Raises:
         ConfigurationError: an argument is out of its range, or the hosts could not meet.
@@ -156,6 +158,7 @@ def launch(
             max_restarts=max_restarts,
             patience=int(patience),
             debug=debug,
+            answers=answers,
         )
 
 
@@ -201,6 +204,7 @@ def _run(
     max_restarts: int,
     patience: int,
     debug: bool,
+    answers: Sequence[int],
 ) -> int:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -240,7 +244,13 @@ def _run(
         max_restarts=max_restarts,
         local_addr=address,
     )
-    agent = Agent(spec, DefaultLogsSpecs(), patience, lambda f, n: _tell(f, n, debug))
+    silent = (*_ENDED_BY_SIGNAL, *answers)
+
+    def tell(failures: Mapping[int, Any], first: int) -> None:
+        if failures[first].exitcode not in silent:
+            _tell(failures, first, debug)
+
+    agent = Agent(spec, DefaultLogsSpecs(), patience, tell)
     try:
         result = agent.run()
     except SignalException as ended:
@@ -256,7 +266,7 @@ def _run(
     if not result.is_failed():
         return 0
     status = agent.first_failure(result.failures)[1].exitcode
-    return status if status in _ENDED_BY_SIGNAL else 2
+    return int(status) if status in silent else 2
 
 
 def _own_address(endpoint: str) -> tuple[str, bool]:
@@ -300,8 +310,6 @@ def _not_met(endpoint: str, error: Exception) -> str:
 def _tell(failures: Mapping[int, Any], first: int, debug: bool) -> None:
     """Say on stderr what has happened to the process that failed first."""
     failure = failures[first]
-    if failure.exitcode in _ENDED_BY_SIGNAL:
-        return
     name = f"the process of rank {first}"
     facts = _facts(failure)
     if failure.exitcode < 0:

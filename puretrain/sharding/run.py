@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from puretrain import errors
 from puretrain.data import Batches
 from puretrain.errors import ConfigurationError, PuretrainError
-from puretrain.loop import Validation, as_batches
+from puretrain.loop import Observer, Validation, as_batches
 from puretrain.run import Run, Together
 from puretrain.sharding.data_parallel import ddp, divide, elastic, eval_across
 from puretrain.sharding.processes import agreement, everyone, on_rank_zero
@@ -71,9 +71,15 @@ def distribute(run: Run, mesh: DeviceMesh, *, logical_shards: int | None = None)
         step=_step(run.step, mesh, logical_shards),
         batches=_divided(run.batches, mesh, logical_shards),
         validation=run.validation and _validation(run.validation, mesh, logical_shards),
-        observers=on_rank_zero(mesh, run.observers),
+        observers=[_noting(one, logical_shards) for one in on_rank_zero(mesh, run.observers)],
         together=Together(agreement(mesh), _decision(mesh)),
     )
+
+
+def _noting(observer: Observer, logical_shards: int | None) -> Observer:
+    """A journal notes how batches are divided, so that the run can be replayed."""
+    divided = getattr(observer, "divided", None)
+    return observer if divided is None else cast(Observer, divided(logical_shards))
 
 
 def _step(step: Step, mesh: DeviceMesh, logical_shards: int | None) -> Step:
