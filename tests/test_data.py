@@ -868,8 +868,8 @@ def test_ready_batches_are_cut_along_their_first_dimension():
     assert [[int(size) for size in each[1].sizes] for each in read] == [[0], [1]]  # of one sample
     assert int(read[0][0].total) == 5
     for wrong, said in (
-        ({"x": torch.zeros(2), "deep": [torch.zeros(3)]}, "deep/0 is none with 2 rows"),
-        ({"x": torch.zeros(2), "name": "a"}, "name is none with 2 rows"),
+        ({"a": torch.zeros(2), "deep": [torch.zeros(3)]}, "deep/0 is none with 2 rows"),
+        ({"a": torch.zeros(2), "name": "b"}, "name is none with 2 rows"),
         (torch.zeros(0, 3), "without a sample"),
     ):
         with pytest.raises(DataError, match=said):
