@@ -40,6 +40,8 @@ def run(directory="runs/a", fail="", pause=0.0, steps=20):
         if fail and os.environ.get("RANK") == "1" and first_start and calls == 20:
             if fail == "raise":
                 raise ValueError("the sample is bad")
+            if fail == "exit":
+                raise SystemExit(7)
             if fail == "hang":
                 while True:
                     time.sleep(0.1)
@@ -131,11 +133,18 @@ def test_an_exception_of_one_process_is_shown_once(fit):
     assert done.stderr.rstrip().endswith("ValueError: the sample is bad")
 
 
+def test_a_program_that_exits_in_one_process_is_named(fit):
+    done = fit("--set", "fail=exit", "--set", "steps=40", count=2)
+    assert done.returncode == 2
+    assert "puretrain: error: the process of rank 1 ended with status 7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_process_that_hangs_ends_the_run_and_says_where(fit):
     done = fit("--set", "fail=hang", "--set", "steps=40", "--timeout", "3", count=2)
     assert done.returncode == 2
     assert "the process of rank 1" in done.stderr
-    assert re.search(r'File "program.py", line 27 in loss', done.stderr)
+    assert re.search(r'File "program.py", line 29 in loss', done.stderr)
     assert "puretrain: error: the process of rank 0:" in done.stderr
     assert "Timed out" in done.stderr
 
@@ -182,10 +191,12 @@ def test_a_signal_ends_all_and_another_number_goes_on(
     [
         (["--max-restarts", "1"], "--max-restarts needs --resume"),
         (["--max-restarts", "1", "--resume", "a.ckpt"], "--resume (without a file)"),
-        (["--nproc", "0"], "nproc=0"),
+        (["--nproc", "0"], "nproc=0: give a number of processes from 1"),
+        (["--nproc", "1", "--timeout", "0", "--logical-shards", "1"], "a number of seconds above"),
         (["--nnodes", "2"], "give --rdzv-endpoint HOST:PORT"),
         (["--nnodes", "2:1"], "MIN:MAX"),
         (["--nnodes", "2", "--rdzv-endpoint", "nowhere.invalid:1"], "no HOST:PORT"),
+        (["--nnodes", "2", "--rdzv-endpoint", "localhost:70000"], "could not meet at localhost:70"),
         (["--nproc", "1", "--logical-shards", "0"], "logical_shards=0"),
     ],
 )

@@ -161,7 +161,7 @@ def _printing_to_stderr(mesh: DeviceMesh | None) -> Iterator[None]:
 
 def _replay(options: argparse.Namespace) -> int:
     if is_worker():
-        with telling_launcher(), processes() as mesh:
+        with telling_launcher(), processes() as mesh, telling_launcher():
             return _replay_here(options, mesh)
     read = open_run(options.place)
     division = read.division(read.last if options.end is None else options.end)

@@ -27,7 +27,7 @@ from puretrain.cli.parsing import add_command
 from puretrain.errors import ConfigurationError
 from puretrain.loop import Event, Interrupted
 from puretrain.metrics import compute_all
-from puretrain.replay.program import load_run
+from puretrain.replay.program import load_run, split_target
 from puretrain.run import Run, command_line
 from puretrain.sharding import distribute, processes
 from puretrain.sharding.launch import is_worker, launch, telling_launcher
@@ -227,6 +227,7 @@ def _fit(options: argparse.Namespace) -> int:
             "--max-restarts needs --resume (without a file): when the processes are started again, "
             "they go on from the newest checkpoint of the run's directory"
         )
+    split_target(options.target)  # says at once if it is not there
     nproc = 1 if options.nproc is None else options.nproc
     if nproc != 1 or options.nnodes != "1" or options.max_restarts:
         return launch(

@@ -99,14 +99,16 @@ class Agent(LocalElasticAgent):
         """The rank and the failure of the process that failed first.
 
         One that was killed could not tell when: it was the first, since it is seldom killed because
-        of another. The others have told.
+        of another. The others have told, perhaps some time before they ended. What was ended by
+        the agent comes last.
         """
 
-        def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+        def order(item: tuple[int, Any]) -> tuple[int, int]:
             failure = item[1]
             message = failure.error_file_data.get("message")
             facts = message.get("extraInfo", {}) if isinstance(message, dict) else {}
-            later = failure.local_rank not in self._failed_at_once
-            return later, failure.exitcode >= 0, facts.get("nanoseconds", 0)
+            if "nanoseconds" in facts:
+                return 1, facts["nanoseconds"]
+            return (0 if failure.local_rank in self._failed_at_once else 2), 0
 
         return min(failures.items(), key=order)

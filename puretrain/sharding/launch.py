@@ -46,7 +46,9 @@ def is_worker() -> bool:
 def telling_launcher() -> Iterator[None]:
     """Let an exception be told by what has started this process, which knows whose was the first.
 
-    The exception becomes a ``SystemExit`` with the status 2. Without torchrun it passes.
+    The exception becomes a ``SystemExit`` with the status 2. Without torchrun it passes. Use it
+    inside of :func:`processes` too: what is told there comes before what the others say of a
+    connection that was closed.
 
     A process that is ended because it hangs prints where. On Linux it gets SIGTERM when what has
     started it is killed, so that no process is left to write beside those of a later run.
@@ -57,19 +59,32 @@ def telling_launcher() -> Iterator[None]:
         _end_with_parent()
     try:
         yield
+    except SystemExit as ended:  # of the program's own, or of a scope inside of this one
+        if file is not None and ended.code not in (None, 0) and not os.path.exists(file):
+            _tell_launcher(file, ended)
+        raise
     except Exception as error:
         if file is None:
             raise
-        facts = {
-            "py_callstack": traceback.format_exc(),
-            "timestamp": str(int(time.time())),  # what torchrun reads
-            "nanoseconds": time.time_ns(),
-            "ours": str(error) if isinstance(error, PuretrainError) else None,
-        }
-        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": facts}
-        with open(file, "w", encoding="utf-8") as stream:
-            json.dump({"message": message}, stream)
+        _tell_launcher(file, error)
         raise SystemExit(2) from error
+
+
+def _tell_launcher(file: str, error: BaseException) -> None:
+    facts = {
+        "py_callstack": traceback.format_exc(),
+        "timestamp": str(int(time.time())),  # what torchrun reads
+        "nanoseconds": time.time_ns(),
+        "exit": _status(error) if isinstance(error, SystemExit) else None,
+        "ours": str(error) if isinstance(error, PuretrainError) else None,
+    }
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": facts}
+    with open(file, "w", encoding="utf-8") as stream:
+        json.dump({"message": message}, stream)
+
+
+def _status(ended: SystemExit) -> int:
+    return ended.code if isinstance(ended.code, int) else 1  # of a message, which Python prints
 
 
 def _end_with_parent() -> None:
@@ -121,9 +136,10 @@ def launch(
         ConfigurationError: an argument is out of its range, or the hosts could not meet.
     """
     low, high = _bounds(nnodes)
-    if nproc < 1 or max_restarts < 0:
-        what = f"nproc={nproc}" if nproc < 1 else f"max_restarts={max_restarts}"
-        raise ConfigurationError(f"{what}: there is at least one process, and 0 restarts or more")
+    if nproc < 1:
+        raise ConfigurationError(f"nproc={nproc}: give a number of processes from 1")
+    if max_restarts < 0:
+        raise ConfigurationError(f"max_restarts={max_restarts}: give a number of restarts from 0")
     if high > 1 and rdzv_endpoint is None:
         raise ConfigurationError(
             f"{nnodes} hosts need a place to meet: give --rdzv-endpoint HOST:PORT, one of the "
@@ -233,7 +249,7 @@ def _run(
             if nodes[1] == 1 or not is_meeting_place:
                 raise
             handler = meet(False)  # another launcher on this host has made the place
-    except RendezvousError as error:
+    except (RendezvousError, ValueError) as error:  # a port that can't be is a ValueError
         raise ConfigurationError(_not_met(endpoint, error)) from error
     spec = WorkerSpec(
         role="puretrain",
@@ -244,10 +260,13 @@ def _run(
         max_restarts=max_restarts,
         local_addr=address,
     )
-    silent = (*_ENDED_BY_SIGNAL, *answers)
+
+    def is_known(failure: Any) -> bool:
+        answered = failure.exitcode in answers and _facts(failure) is None
+        return answered or failure.exitcode in _ENDED_BY_SIGNAL
 
     def tell(failures: Mapping[int, Any], first: int) -> None:
-        if failures[first].exitcode not in silent:
+        if not is_known(failures[first]):
             _tell(failures, first, debug)
 
     agent = Agent(spec, DefaultLogsSpecs(), patience, tell)
@@ -265,8 +284,8 @@ def _run(
         )
     if not result.is_failed():
         return 0
-    status = agent.first_failure(result.failures)[1].exitcode
-    return int(status) if status in silent else 2
+    failure = agent.first_failure(result.failures)[1]
+    return int(failure.exitcode) if is_known(failure) else 2
 
 
 def _own_address(endpoint: str) -> tuple[str, bool]:
@@ -312,10 +331,11 @@ def _tell(failures: Mapping[int, Any], first: int, debug: bool) -> None:
     failure = failures[first]
     name = f"the process of rank {first}"
     facts = _facts(failure)
-    if failure.exitcode < 0:
+    if facts is None and failure.exitcode < 0:
         text = f"{name} (pid {failure.pid}) was killed by {failure.signal_name()}"
-    elif facts is None:
-        text = f"{name} ended with status {failure.exitcode}"
+    elif facts is None or facts.get("exit") is not None:
+        status = failure.exitcode if facts is None else facts["exit"]
+        text = f"{name} ended with status {status}"
     elif facts.get("ours") is not None and not debug:
         text = f"{name}: {facts['ours']} (--debug shows where)"
     else:

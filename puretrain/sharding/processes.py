@@ -44,13 +44,15 @@ def processes(
 
     Raises:
         ConfigurationError: torchrun's variables are there in part, or ``shard`` does not divide the
-            number of processes, or there is no GPU for this one.
+            number of processes, or there is no GPU for this one, or ``timeout`` is not above 0.
 
     Example:
         >>> with processes() as mesh:
         ...     mesh.shape, mesh.mesh_dim_names
         ((1, 1), ('data', 'shard'))
     """
+    if timeout <= 0:
+        raise ConfigurationError(f"timeout={timeout!r}: give a number of seconds above 0")
     there = [name for name in _VARIABLES if name in os.environ]
     if there and len(there) < len(_VARIABLES):
         missing = [name for name in _VARIABLES if name not in there]
