@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from puretrain import random
-from puretrain.errors import ConfigurationError, LossError, StructureError
+from puretrain.errors import (
+    ConfigurationError,
+    LossError,
+    StructureError,
+    check_choice,
+    check_whole,
+)
 from puretrain.gradients import Loss
 from puretrain.per_example import gradients
 from puretrain.state import TrainState
-from puretrain.step import check_choice
 from puretrain.tree import (
     check_same_structure,
     freeze,
@@ -213,8 +218,7 @@ def eigh(
     space = _Space(state.params)
     if not isinstance(k, int) or not 1 <= k <= space.size:
         raise ConfigurationError(f"k is from 1 to the {space.size} parameters, not {k!r}")
-    if not isinstance(most, int) or most < k:
-        raise ConfigurationError(f"most is a whole number from k={k}, not {most!r}")
+    most = check_whole("most", most, k)
     if not 0 < tolerance < 1:
         raise ConfigurationError(f"tolerance is between 0 and 1, not {tolerance!r}")
     multiply = _hessian(loss, state, batch)
@@ -333,8 +337,7 @@ def trace(
     >>> trace(loss, state, None)  # of a diagonal matrix, each sample is exact
     Trace(value=3.0, error=0.0)
     """
-    if not isinstance(samples, int) or samples < 1:
-        raise ConfigurationError(f"samples is a whole number from 1, not {samples!r}")
+    samples = check_whole("samples", samples)
     space = _Space(state.params)
     multiply = _hessian(loss, state, batch)
     generator = random.generator(random.stream(state.key if key is None else key, "hutchinson"))
@@ -444,7 +447,7 @@ def line(
         >>> between.loss, between.barrier
         (tensor([0.0000, 0.5625, 1.0000, 0.5625, 0.0000], dtype=torch.float64), 1.0)
     """
-    _check_points(points)
+    points = check_whole("points", points, 2)
     if not 0 <= beyond < math.inf:
         raise ConfigurationError(f"beyond is 0 or more, not {beyond!r}")
     ends = [(state.params, state.buffers) for state in (first, second)]
@@ -513,7 +516,7 @@ def plane(
                 [  1.,   0.,   1.],
                 [101., 100., 101.]], dtype=torch.float64)
     """
-    _check_points(points)
+    points = check_whole("points", points, 2)
     if not 0 < radius < math.inf:
         raise ConfigurationError(f"radius is above 0, not {radius!r}")
     if directions is None:
@@ -595,8 +598,3 @@ def filter_normalized(direction: T, params: T) -> T:
         return torch.mul(rows, scale).reshape(d.shape)
 
     return tree_map(normalized, direction, params)
-
-
-def _check_points(points: Any) -> None:
-    if not isinstance(points, int) or points < 2:
-        raise ConfigurationError(f"points is a whole number from 2, not {points!r}")

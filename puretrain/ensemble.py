@@ -24,6 +24,8 @@ from puretrain.errors import (
     OptimizerError,
     StructureError,
     TransformError,
+    check_choice,
+    check_whole,
 )
 from puretrain.gradients import Aux, Loss, Precision, evaluate_loss
 from puretrain.loop import Event, Kind, Reducer, as_reducer
@@ -32,7 +34,7 @@ from puretrain.optim.leafwise import ONE
 from puretrain.optim.members import update_members
 from puretrain.reducers import Average
 from puretrain.state import TrainState
-from puretrain.step import EvalStep, NonFinite, Step, check_choice, eval_step, hand_over
+from puretrain.step import EvalStep, NonFinite, Step, eval_step, hand_over
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -885,8 +887,7 @@ def population(
     check_choice("mode", mode, ("min", "max"))
     if not 0.0 < fraction <= 0.5:
         raise ConfigurationError(f"fraction is above 0 and at most a half, not {fraction!r}")
-    if not isinstance(every, int) or every < 1:
-        raise ConfigurationError(f"every of population is a whole number from 1, not {every!r}")
+    every = check_whole("population: every", every)
     factors = {key: [float(x) for x in choices] for key, choices in (perturb or {}).items()}
     for key, choices in factors.items():
         if not choices or not all(0.0 < x < math.inf for x in choices):

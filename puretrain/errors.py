@@ -3,9 +3,15 @@
 Every message says what was wrong, where (a tree path, a file and an offset, an argument), and what
 to do about it. Where an exception of the standard library fits as well, ours derives from it, so
 that ``except ValueError`` keeps working.
+
+The arguments that are checked alike everywhere, a choice and a whole number, are checked here, so
+that all functions refuse them in the same words.
 """
 
 from __future__ import annotations
+
+import numbers
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -69,3 +75,34 @@ class JournalError(PuretrainError, ValueError):
 
 class ConfigurationError(PuretrainError, ValueError):
     """An argument has a value that can't work, or an optional dependency is missing."""
+
+
+def check_choice(
+    argument: str,
+    value: Any,
+    choices: tuple[str | None, ...],
+    error: type[PuretrainError] = ConfigurationError,
+) -> None:
+    """Raise the error, which names the argument, unless its value is one of the choices."""
+    if value not in choices:
+        raise error(f"{argument} is one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_whole(
+    argument: str,
+    value: Any,
+    least: int = 1,
+    most: int | None = None,
+    error: type[PuretrainError] = ConfigurationError,
+) -> int:
+    """The value as an int, if it is a whole number in its range (numpy's will do, a bool won't).
+
+    >>> check_whole("every", 0)
+    Traceback (most recent call last):
+    puretrain.errors.ConfigurationError: every is a whole number from 1, not 0
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        up_to = "" if most is None else f" to {most}"
+        raise error(f"{argument} is a whole number from {least}{up_to}, not {value!r}")
+    return int(value)

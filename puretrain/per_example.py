@@ -18,13 +18,19 @@ import torch
 from torch import Tensor
 
 from puretrain import random
-from puretrain.errors import ConfigurationError, DataError, LossError, TransformError
+from puretrain.errors import (
+    ConfigurationError,
+    DataError,
+    LossError,
+    TransformError,
+    check_choice,
+    check_whole,
+)
 from puretrain.gradients import Aux, Loss
 from puretrain.loop import Event, Reducer
 from puretrain.optim import Schedule, schedule_value
 from puretrain.reducers import memory_of
 from puretrain.state import TrainState
-from puretrain.step import check_choice
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -365,9 +371,8 @@ class PoissonSampled:
             raise ConfigurationError(
                 f"batch_size is from 1 to the {self.length} examples, not {batch_size!r}"
             )
-        if not isinstance(steps, int) or steps < 1:
-            raise ConfigurationError(f"steps is a whole number from 1, not {steps!r}")
-        self.data, self.batch_size, self.steps = data, batch_size, steps
+        self.steps = check_whole("steps", steps)
+        self.data, self.batch_size = data, batch_size
         # a stream of its own, so that the draws have nothing to do with the noise of a run
         self.key = random.stream(key, "poisson")
 
@@ -482,8 +487,7 @@ def _check_accounting(sample_rate: float, steps: int, delta: float, accountant: 
     check_choice("accountant", accountant, ("rdp", "prv"))
     if not 0 < sample_rate <= 1:
         raise ConfigurationError(f"sample_rate is above 0 and at most 1, not {sample_rate!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigurationError(f"steps is a whole number from 1, not {steps!r}")
+    check_whole("steps", steps)
     if not 0 < delta < 1:
         raise ConfigurationError(f"delta is between 0 and 1, not {delta!r}")
 
@@ -595,7 +599,7 @@ def noise_scale(
         >>> state.metrics["gradient_variance"]  # the gradients are -2 and -6
         tensor(8.0000, dtype=torch.float64)
     """
-    _check_every("noise_scale", every)
+    every = check_whole("noise_scale: every", every)
     if not 0 <= decay < 1:
         raise ConfigurationError(f"the decay of noise_scale is from 0 up to 1, not {decay!r}")
 
@@ -679,7 +683,7 @@ def influence(
         tensor([[ 12.],
                 [-12.]], dtype=torch.float64)
     """
-    _check_every("influence", every)
+    every = check_whole("influence: every", every)
     shape = (_size(examples), _size(targets))
 
     def reduce(state: S, event: Event) -> S:
@@ -699,8 +703,3 @@ def influence(
         return Influence(scores, torch.zeros((), dtype=torch.int64))
 
     return Reducer(reduce, name, init, on=("step",))
-
-
-def _check_every(who: str, every: Any) -> None:
-    if not isinstance(every, int) or every < 1:
-        raise ConfigurationError(f"every of {who} is a whole number from 1, not {every!r}")

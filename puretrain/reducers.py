@@ -21,11 +21,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from puretrain.errors import ConfigurationError, NonFiniteError
+from puretrain.errors import ConfigurationError, NonFiniteError, check_choice, check_whole
 from puretrain.loop import Event, Reducer
 from puretrain.optim import get_hyperparams, set_hyperparams
 from puretrain.state import TrainState, reserve, unreserve
-from puretrain.step import check_choice
 from puretrain.tree import (
     FrozenDict,
     Record,
@@ -136,7 +135,7 @@ def ema(
     """
     if not 0.0 <= decay < 1.0:
         raise ConfigurationError(f"the decay of ema is from 0 up to (not at) 1, not {decay!r}")
-    _check_count("every of ema", every)
+    every = check_whole("ema: every", every)
 
     def reduce(state: S, event: Event) -> S:
         memory: Average = memory_of(state, name)
@@ -192,11 +191,10 @@ def swa(
     """
     if (start_epoch is None) == (start_step is None):
         raise ConfigurationError("swa begins at start_epoch=, or at start_step=; give one of them")
-    _check_count("every of swa", every)
+    every = check_whole("swa: every", every)
     kind: Literal["step", "epoch_end"] = "epoch_end" if start_step is None else "step"
     start = start_epoch if start_step is None else start_step
-    if not isinstance(start, int) or start < 0:
-        raise ConfigurationError(f"the start of swa is a whole number from 0, not {start!r}")
+    start = check_whole(f"swa: start_{'epoch' if start_step is None else 'step'}", start, 0)
 
     def reduce(state: S, event: Event) -> S:
         since = (event.epoch if start_step is None else event.step) - start
@@ -367,8 +365,7 @@ def early_stopping(
     """
     better = _better(mode)
     worst = math.inf if mode == "min" else -math.inf
-    if not isinstance(patience, int) or patience < 0:
-        raise ConfigurationError(f"patience is a whole number from 0, not {patience!r}")
+    patience = check_whole("patience", patience, 0)
     if not min_delta >= 0:
         raise ConfigurationError(f"min_delta is 0 or more, not {min_delta!r}")
     margin = min_delta if mode == "min" else -min_delta
@@ -425,7 +422,7 @@ def nan_guard(
     """
     check_choice("what", what, ("loss", "params"))
     check_choice("action", action, ("raise", "stop"))
-    _check_count("every of nan_guard", every)
+    every = check_whole("nan_guard: every", every)
 
     def reduce(state: S, event: Event) -> S:
         if event.step % every:
@@ -591,7 +588,7 @@ def lr_monitor(*, every: int = 1) -> Reducer:
         ConfigurationError: the optimizer's state holds none; make the optimizer with
             :func:`puretrain.optim.inject_hyperparams`.
     """
-    _check_count("every of lr_monitor", every)
+    every = check_whole("lr_monitor: every", every)
 
     def reduce(state: S, event: Event) -> S:
         if event.step % every:
@@ -648,7 +645,7 @@ def best_k(monitor: str, k: int = 1, *, mode: Mode = "min", name: str = "best_k"
         tensor([20, 30])
     """
     better = _better(mode)
-    _check_count("k of best_k", k)
+    k = check_whole("best_k: k", k)
 
     def reduce(state: S, event: Event) -> S:
         memory: Best = memory_of(state, name)
@@ -759,8 +756,3 @@ def _improved(mode: str, threshold: float, kind: str) -> Callable[[float, float]
     if kind == "rel":
         return lambda value, best: better(value, best * (1.0 + sign * threshold))
     return lambda value, best: better(value, best + sign * threshold)
-
-
-def _check_count(what: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{what} is a whole number from 1, not {value!r}")

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 import torch
 
-from puretrain.errors import ConfigurationError, OptimizerError
+from puretrain.errors import ConfigurationError, OptimizerError, check_choice, check_whole
 from puretrain.loop import Event, Reducer, fit
 from puretrain.optim import get_hyperparams, set_hyperparams
 from puretrain.state import TrainState
@@ -217,10 +217,8 @@ def learning_rates(min_lr: float, max_lr: float, count: int, mode: str) -> list[
     >>> [round(lr, 4) for lr in learning_rates(0.001, 1.0, 4, "exponential")]
     [0.001, 0.01, 0.1, 1.0]
     """
-    if mode not in get_args(Mode):
-        raise ConfigurationError(f"mode is 'exponential' or 'linear', not {mode!r}")
-    if not isinstance(count, int) or count < 2:
-        raise ConfigurationError(f"updates is a whole number from 2, not {count!r}")
+    check_choice("mode", mode, get_args(Mode))
+    count = check_whole("updates", count, 2)
     if not 0 < min_lr < max_lr < math.inf:
         raise ConfigurationError(
             f"the learning rates grow from above 0: min_lr={min_lr}, max_lr={max_lr}"

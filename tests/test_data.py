@@ -787,7 +787,7 @@ def test_collate_refuses_what_it_does_not_know():
     (lambda: batches(torch.ones(0, 3), 2), DataError, "source is empty"),
     (lambda: list(batches(lambda epoch: [], 2)), DataError, "yielded nothing in epoch 0"),
     (lambda: list(batches(lambda epoch: [1], 2, drop_last=True)), DataError, "fewer than 2"),
-    (lambda: batches([1], 0), ConfigurationError, "batch_size is an integer from 1"),
+    (lambda: batches([1], 0), ConfigurationError, "batch_size is a whole number from 1"),
     (lambda: batches([1], True), ConfigurationError, "batch_size"),
     (lambda: batches([1], 2.0), ConfigurationError, "batch_size"),
     (lambda: batches([1], 1, seed="x"), ConfigurationError, "seed"),

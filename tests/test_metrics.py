@@ -384,13 +384,13 @@ ones = torch.ones(3, dtype=torch.int64)
         (lambda: Confusion.of(ones, ones, 1), StructureError, "not one of 0 … 0"),
         (lambda: Confusion.of(ones, -ones, 2), StructureError, "not one of 0 … 1"),
         (lambda: Confusion.of(3 * ones, 0 * ones, 2), StructureError, "not one of 0 … 1"),
-        (lambda: Confusion.of(ones, ones, 0), ConfigurationError, "num_classes must be a positive"),
-        (lambda: Confusion.of(ones, ones, 2, report="auc"), ConfigurationError, "report must be"),
-        (lambda: Confusion.zero(2, average="all"), ConfigurationError, "average must be"),
+        (lambda: Confusion.of(ones, ones, 0), ConfigurationError, "num_classes is a whole"),
+        (lambda: Confusion.of(ones, ones, 2, report="auc"), ConfigurationError, "report is one of"),
+        (lambda: Confusion.zero(2, average="all"), ConfigurationError, "average is one of"),
         (
             lambda: functional.f1(ones, ones, 2, average="weighted"),
             ConfigurationError,
-            "average must be 'micro', 'macro' or 'none', not 'weighted'",
+            "average is one of 'micro', 'macro', 'none', not 'weighted'",
         ),
         (
             lambda: functional.mean_squared_error(torch.ones(3, 1), torch.ones(3)),

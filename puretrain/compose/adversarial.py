@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from puretrain.compose.evaluation import check_between, drawing, pair, value_and_gradient
-from puretrain.errors import ConfigurationError
+from puretrain.errors import check_whole
 from puretrain.gradients import Loss
 from puretrain.tree import tree_map, under_transform
 
@@ -73,8 +73,7 @@ def pgd(
     check_between("pgd", "epsilon", epsilon, 0.0, math.inf)
     check_between("pgd", "step_size", step_size, 0.0, math.inf)
     check_between("pgd", "clean", clean, 0.0, 1.0)
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigurationError(f"pgd: steps is a whole number from 1, not {steps!r}")
+    steps = check_whole("pgd: steps", steps)
 
     def attacked(params: Any, buffers: Any, batch: Any, key: Tensor, /) -> Any:
         inputs, *rest = batch

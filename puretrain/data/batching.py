@@ -31,7 +31,7 @@ from puretrain.data.sources import (
     is_stateful,
     raise_if_lost,
 )
-from puretrain.errors import ConfigurationError, DataError
+from puretrain.errors import ConfigurationError, DataError, check_whole
 from puretrain.random import key as random_key
 from puretrain.state import Cursor
 from puretrain.tree import FrozenDict, Record, tree_map
@@ -392,10 +392,9 @@ def _options_of(loader: DataLoader[Any]) -> dict[str, Any]:
 def _check_options(options: Mapping[str, Any]) -> bool:
     """Refuse options that can't work; returns whether memory is to be pinned."""
     batch_size, num_workers = options["batch_size"], options["num_workers"]
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise ConfigurationError(f"batch_size is an integer from 1 on or None, not {batch_size!r}")
-    if type(num_workers) is not int or num_workers < 0:
-        raise ConfigurationError(f"num_workers is an integer from 0 on, not {num_workers!r}")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
+    check_whole("num_workers", num_workers, 0)
     if batch_size is None and options["drop_last"]:
         raise ConfigurationError(
             "drop_last needs a batch_size; ready batches are taken as they are"

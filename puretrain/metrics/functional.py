@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from puretrain.errors import ConfigurationError, StructureError
+from puretrain.errors import ConfigurationError, StructureError, check_choice, check_whole
 
 __all__ = [
     "Average",
@@ -249,10 +249,9 @@ def accuracy_of(matrix: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor, matrix: Tensor, average: Average) -> Tensor:
+    check_choice("average", average, ("micro", "macro", "none"))
     if average == "micro":
         part, whole = part.sum(-1), whole.sum(-1)
-    elif average not in ("macro", "none"):
-        raise ConfigurationError(f"average must be 'micro', 'macro' or 'none', not {average!r}")
     values = part.to(wide(matrix)) / whole.clamp(min=1)
     if average == "macro":
         values = values.mean(-1)
@@ -263,10 +262,7 @@ def _ratio(part: Tensor, whole: Tensor, matrix: Tensor, average: Average) -> Ten
 
 
 def _check_num_classes(num_classes: int) -> None:
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ConfigurationError(
-            f"num_classes must be a positive whole number, not {num_classes!r}"
-        )
+    check_whole("num_classes", num_classes)
 
 
 def _check_same_shape(predictions: Tensor, target: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from puretrain.errors import ConfigurationError, StructureError
+from puretrain.errors import ConfigurationError, StructureError, check_choice
 from puretrain.metrics.functional import (
     Average,
     accuracy_of,
@@ -350,13 +350,8 @@ class Confusion(Record):
             ConfigurationError: ``report`` or ``average`` is none of the choices.
             StructureError: a class is not among ``num_classes``, or the shapes do not fit.
         """
-        if report not in ("matrix", "accuracy", "precision", "recall", "f1"):
-            raise ConfigurationError(
-                "report must be 'matrix', 'accuracy', 'precision', 'recall' or 'f1', "
-                f"not {report!r}"
-            )
-        if average not in ("micro", "macro", "none"):
-            raise ConfigurationError(f"average must be 'micro', 'macro' or 'none', not {average!r}")
+        check_choice("report", report, ("matrix", "accuracy", "precision", "recall", "f1"))
+        check_choice("average", average, ("micro", "macro", "none"))
         matrix = confusion_matrix(predictions, target, num_classes, ignore_index=ignore_index)
         return cls(matrix, report, average)
 

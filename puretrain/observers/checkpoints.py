@@ -16,7 +16,7 @@ import torch
 from puretrain.checkpoint import store
 from puretrain.checkpoint.places import plain
 from puretrain.checkpoint.writer import Job, Writer
-from puretrain.errors import CheckpointError, ConfigurationError
+from puretrain.errors import CheckpointError, ConfigurationError, check_choice, check_whole
 from puretrain.loop import Event, Observer
 from puretrain.observers.preemption import Preemption
 from puretrain.observers.scalars import by_member, scalars
@@ -152,8 +152,8 @@ def observer(
     """What :func:`checkpoints` does, with other ways to write; see there for the arguments."""
     counts = {"every": every, "every_epochs": every_epochs, "keep": keep, "keep_every": keep_every}
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{name} is a whole number from 1, or None; not {value!r}")
+        if value is not None:
+            check_whole(name, value)
     amounts = {
         "every_minutes": every_minutes,
         "keep_hours": keep_hours,
@@ -162,14 +162,9 @@ def observer(
     for name, amount in amounts.items():
         if amount is not None and not amount > 0:
             raise ConfigurationError(f"{name} is more than 0, or None; not {amount!r}")
-    options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-        ("when_busy", when_busy, ("wait", "skip")),
-        ("on_error", on_error, ("raise", "warn")),
-        ("compression", compression, ("zstd", None)),
-    )
-    for name, choice, choices in options:
-        if choice not in choices:
-            raise ConfigurationError(f"{name} is one of {choices}, not {choice!r}")
+    check_choice("when_busy", when_busy, ("wait", "skip"))
+    check_choice("on_error", on_error, ("raise", "warn"))
+    check_choice("compression", compression, ("zstd", None))
     if every is None and every_minutes is None and every_epochs is None:
         every_epochs = 1
     seconds = None if every_minutes is None else 60.0 * every_minutes

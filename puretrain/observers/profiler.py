@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from puretrain.errors import ConfigurationError
+from puretrain.errors import check_whole
 from puretrain.loop import Event, Observer
 from puretrain.observers.folder import make_folder
 
@@ -41,8 +41,7 @@ def profiler(
         ConfigurationError: an argument is out of its range.
     """
     for name, value, least in (("wait", wait, 0), ("warmup", warmup, 0), ("active", active, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"{name} is a whole number from {least}, not {value!r}")
+        check_whole(name, value, least)
     return _Profiler(Path(directory), wait, warmup, active, rows)
 
 

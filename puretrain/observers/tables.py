@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from puretrain.errors import ConfigurationError
+from puretrain.errors import ConfigurationError, check_whole
 from puretrain.loop import Event, Observer
 from puretrain.observers.folder import make_folder
 from puretrain.observers.scalars import scalars, step_metrics
@@ -86,9 +86,8 @@ class _Log:
     """Appends rows to a file."""
 
     def __init__(self, path: Path, every: int, rows: _Format) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ConfigurationError(f"every is a whole number from 1, not {every!r}")
-        self._path, self._every, self._format = path, every, rows
+        self._every = check_whole("every", every)
+        self._path, self._format = path, rows
         self._columns: list[str] = []
         self._file: int | None = None
 

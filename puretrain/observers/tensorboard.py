@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from puretrain.errors import ConfigurationError
+from puretrain.errors import ConfigurationError, check_whole
 from puretrain.loop import Event, Observer
 from puretrain.observers.folder import make_folder
 from puretrain.observers.scalars import scalars, step_metrics
@@ -55,8 +55,8 @@ def tensorboard(
         ConfigurationError: an argument is out of its range or of the wrong type.
     """
     for name, value in (("every", every), ("histograms_every", histograms_every)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{name} is a whole number from 1, not {value!r}")
+        if value is not None:
+            check_whole(name, value)
     for name, setting in (hparams or {}).items():
         if not isinstance(setting, (bool, int, float, str)):
             raise ConfigurationError(

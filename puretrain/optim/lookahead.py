@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puretrain.errors import OptimizerError
+from puretrain.errors import OptimizerError, check_whole
 from puretrain.optim.base import Optimizer, check_number
 from puretrain.tree import Record, tree_flatten, tree_map, tree_unflatten, under_transform
 
@@ -53,8 +53,7 @@ def lookahead(optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> Optimizer
     """
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(f"lookahead takes an optimizer, not {optimizer!r}")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise OptimizerError(f"lookahead: k is a whole number from 1, not {k!r}")
+    k = check_whole("lookahead: k", k, error=OptimizerError)
     check_number("lookahead", "alpha", alpha, most=1.0)
 
     def init(params: Any, /) -> LookaheadState:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim._muon import muon as _torch_muon
 
-from puretrain.errors import OptimizerError
+from puretrain.errors import OptimizerError, check_choice, check_whole
 from puretrain.optim.base import Optimizer, Schedule, check_number, check_rate
 from puretrain.optim.leafwise import Column, Values, leafwise, zeros
 from puretrain.tree import Record
@@ -100,14 +100,9 @@ def muon(
                 'inject_hyperparams give static=("ns_coefficients",)'
             )
         check_number("muon", f"ns_coefficients[{i}]", coefficient, least=-math.inf)
-    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:
-        raise OptimizerError(
-            f"muon: ns_steps must be a whole number from 0 and below 100, not {ns_steps!r}"
-        )
-    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-        raise OptimizerError(
-            f"muon: adjust_lr_fn is None, 'original' or 'match_rms_adamw', not {adjust_lr_fn!r}"
-        )
+    ns_steps = check_whole("muon: ns_steps", ns_steps, 0, 99, OptimizerError)
+    ways = (None, "original", "match_rms_adamw")
+    check_choice("muon: adjust_lr_fn", adjust_lr_fn, ways, OptimizerError)
     a, b, c = map(float, ns_coefficients)
 
     def check(paths: list[str], leaves: Column) -> None:

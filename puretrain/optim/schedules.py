@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from puretrain.errors import ConfigurationError
+from puretrain.errors import ConfigurationError, check_whole
 from puretrain.optim.base import Schedule
 
 __all__ = [
@@ -77,7 +77,7 @@ def linear(start: float | Tensor, end: float | Tensor, steps: int) -> Schedule:
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
     first, last = _real("start", start), _real("end", end)
-    steps = _whole("steps", steps, at_least=1)
+    steps = check_whole("steps", steps)
     return lambda count: first + (last - first) * (_at_most(_number(count), steps) / steps)
 
 
@@ -101,7 +101,7 @@ def cosine(value: float | Tensor, steps: int, *, final: float | Tensor = 0.0) ->
     tensor([1., 0.], dtype=torch.float64)
     """
     first, last = _real("value", value), _real("final", final)
-    steps = _whole("steps", steps, at_least=1)
+    steps = check_whole("steps", steps)
     return lambda count: _half_cosine(first, last, _at_most(_number(count), steps), steps)
 
 
@@ -126,8 +126,8 @@ def cosine_restarts(
     [1.0, 0.5, 1.0, 0.854, 0.5, 0.146, 1.0]
     """
     first, last = _real("value", value), _real("final", final)
-    period = _whole("period", period, at_least=1)
-    multiplier = _whole("multiplier", multiplier, at_least=1)
+    period = check_whole("period", period)
+    multiplier = check_whole("multiplier", multiplier)
     if multiplier == 1:
         return lambda count: _half_cosine(first, last, _number(count) % period, period)
     starts, lengths = [0], [period]
@@ -167,8 +167,8 @@ def warmup_cosine(
     >>> schedule(0), schedule(5), schedule(10), round(schedule(60), 9), schedule(110)
     (0.0, 0.5, 1.0, 0.5, 0.0)
     """
-    warmup_steps = _whole("warmup_steps", warmup_steps, at_least=0)
-    steps = _whole("steps", steps, at_least=1)
+    warmup_steps = check_whole("warmup_steps", warmup_steps, 0)
+    steps = check_whole("steps", steps)
     if warmup_steps >= steps:
         raise ConfigurationError(
             f"warmup_steps must be less than steps, which counts both parts; "
@@ -188,7 +188,7 @@ def step(value: float | Tensor, step_size: int, *, gamma: float | Tensor = 0.1) 
     (1.0, 0.5, 0.25)
     """
     first, factor = _real("value", value), _real("gamma", gamma, at_least=0.0)
-    step_size = _whole("step_size", step_size, at_least=1)
+    step_size = check_whole("step_size", step_size)
     return lambda count: first * factor ** (_number(count) // step_size)
 
 
@@ -205,7 +205,7 @@ def multi_step(
     (1.0, 0.5, 0.25)
     """
     first, factor = _real("value", value), _real("gamma", gamma, at_least=0.0)
-    bounds = sorted(_whole("milestones", bound, at_least=0) for bound in milestones)
+    bounds = sorted(check_whole("each of milestones", bound, 0) for bound in milestones)
     return lambda count: first * factor ** _position(bounds, _number(count))
 
 
@@ -246,7 +246,7 @@ def polynomial(
     """
     first, last = _real("value", value), _real("final", final)
     exponent = _real("power", power, above=0.0)
-    steps = _whole("steps", steps, at_least=1)
+    steps = check_whole("steps", steps)
 
     def schedule(count: int | Tensor) -> Any:
         remaining = 1.0 - _at_most(_number(count), steps) / steps
@@ -290,7 +290,7 @@ def one_cycle(
     top = _real("peak", peak)
     low = top / _real("div_factor", div_factor, above=0.0)
     lowest = low / _real("final_div_factor", final_div_factor, above=0.0)
-    steps = _whole("steps", steps, at_least=1)
+    steps = check_whole("steps", steps)
     limit = 0.5 if three_phase else 1.0
     if not isinstance(pct_start, numbers.Real) or not 0.0 <= pct_start <= limit:
         raise ConfigurationError(
@@ -331,7 +331,7 @@ def piecewise(
     0.5
     """
     pairs = list(points.items() if isinstance(points, Mapping) else points)
-    edges = [_whole("points", n, at_least=0) for n, _ in pairs]
+    edges = [check_whole("each key of points", n, 0) for n, _ in pairs]
     levels = [_real("points", value) for _, value in pairs]
     if not pairs or any(b <= a for a, b in pairwise(edges)):
         raise ConfigurationError(
@@ -368,7 +368,7 @@ def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
                 f"schedules must be functions of the number of updates, not {part!r}; "
                 "for a number use constant(…)"
             )
-    bounds = [_whole("milestones", bound, at_least=1) for bound in milestones]
+    bounds = [check_whole("each of milestones", bound) for bound in milestones]
     if len(bounds) != len(parts) - 1 or any(b <= a for a, b in pairwise(bounds)):
         raise ConfigurationError(
             f"milestones must be increasing and one fewer than the schedules, of which there are "
@@ -413,7 +413,7 @@ def warmup(schedule: Schedule, steps: int, *, start: float | Tensor = 0.0) -> Sc
             "for a number use constant(…)"
         )
     first = _real("start", start)
-    steps = _whole("steps", steps, at_least=0)
+    steps = check_whole("steps", steps, 0)
     if steps == 0:
         return schedule
 
@@ -511,11 +511,3 @@ def _real(
     if above is not None and value <= above:
         raise ConfigurationError(f"{name} must be greater than {above:g}, not {value!r}")
     return float(value)
-
-
-def _whole(name: str, value: Any, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ConfigurationError(f"{name} must be a whole number, not {value!r}")
-    if value < at_least:
-        raise ConfigurationError(f"{name} must be at least {at_least}, not {value!r}")
-    return int(value)

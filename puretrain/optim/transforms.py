@@ -12,7 +12,7 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from puretrain.errors import OptimizerError, StructureError
+from puretrain.errors import OptimizerError, StructureError, check_whole
 from puretrain.optim.base import (
     GradientTransformation,
     Optimizer,
@@ -362,8 +362,7 @@ def apply_every(k: int, optimizer: Optimizer, *, mean: bool = False) -> Optimize
         >>> params["w"], state.grads["w"]
         (tensor(-2.), tensor(1.))
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise OptimizerError(f"apply_every: k is a whole number from 1, not {k!r}")
+    k = check_whole("apply_every: k", k, error=OptimizerError)
     if _kind("apply_every", optimizer) is not Optimizer:
         raise OptimizerError(
             "apply_every: it takes an optimizer, or a chain that ends with "
