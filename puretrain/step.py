@@ -10,11 +10,12 @@ from torch import Tensor
 
 from puretrain import random
 from puretrain.errors import (
-    ConfigurationError,
     NonFiniteError,
     OptimizerError,
     StructureError,
     TransformError,
+    check_choice,
+    check_whole,
 )
 from puretrain.gradients import (
     Across,
@@ -179,8 +180,7 @@ def train_step(
         >>> state.params["w"], state.metrics["loss"]
         (tensor([0.5000, 1.0000]), tensor(2.5000))
     """
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ConfigurationError(f"accumulate is a whole number from 1, not {accumulate!r}")
+    accumulate = check_whole("accumulate", accumulate)
     check_choice("precision", precision, ("32", "64", "bf16", "16"))
     check_choice("nonfinite", nonfinite, ("propagate", "raise", "skip"))
     if not isinstance(optimizer, Optimizer):
@@ -493,9 +493,3 @@ def _check_call(state: Any, donate: bool, draws: bool, nonfinite: str) -> bool:
             "instead of torch.compile, or make it with train_step(..., draws=False)"
         )
     return True
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise a ConfigurationError that names the argument unless its value is one of the choices."""
-    if value not in choices:
-        raise ConfigurationError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")

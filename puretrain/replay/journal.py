@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from puretrain.errors import ConfigurationError, JournalError
+from puretrain.errors import JournalError, check_whole
 from puretrain.loop import Event, Observer
 from puretrain.metrics import compute_all
 from puretrain.observers.scalars import step_metrics
@@ -302,8 +302,7 @@ def journal(
         ...  for record in steps.values()]
         [(1, -0.0, False), (2, -1.0, True), (3, -2.0, False)]
     """
-    if not isinstance(every, int) or every < 1:
-        raise ConfigurationError(f"every is a whole number from 1, not {every!r}")
+    every = check_whole("every", every)
     if program is None:
         frame = inspect.currentframe()
         known = caller_program(None if frame is None else frame.f_back)
