@@ -36,7 +36,7 @@ class Run(NamedTuple):
     """The arguments of :func:`puretrain.fit` as one value, and the directory that keeps the run.
 
     A Python file that makes one is what ``puretrain fit FILE`` runs. Change a field with
-    ``run._replace(epochs=20)``.
+    ``run.replace(epochs=20)``.
 
     Example:
         >>> import torch, puretrain as pt
@@ -50,6 +50,8 @@ class Run(NamedTuple):
         ...         epochs=1)
         >>> make().fit().params["w"]
         tensor([1., 1., 1., 1.])
+        >>> make().replace(epochs=2).fit().step
+        tensor(16)
     """
 
     state: TrainState
@@ -73,6 +75,19 @@ class Run(NamedTuple):
     together: Together | None = None
     """What the processes of the run do as one. It is in the run, since :meth:`fit` ends by it, and
     :meth:`resumed` must find the same checkpoint in all. None: there is one process."""
+
+    def replace(self, **changes: Any) -> Run:
+        """The same run with some fields changed.
+
+        Raises:
+            ConfigurationError: a name in ``changes`` is no field.
+        """
+        unknown = changes.keys() - set(self._fields)
+        if unknown:
+            raise ConfigurationError(
+                f"a Run has no field {', '.join(sorted(unknown))}; it has {', '.join(self._fields)}"
+            )
+        return self._replace(**changes)
 
     def fit(self, resume: bool | str | os.PathLike[str] = False) -> TrainState:
         """Train to the end, from the beginning or from a checkpoint.

@@ -108,7 +108,7 @@ def test_skip_drops_the_older_of_two_that_wait(tmp_path, monkeypatch):
 
     late = [release]
     run = make(4, tmp_path, every=1, keep=None, asynchronous=True, when_busy="skip")
-    run = run._replace(observers=[*run.observers, *late])  # after the save of step 4 was submitted
+    run = run.replace(observers=[*run.observers, *late])  # after the save of step 4 was submitted
     run.fit()
     # 1 is being written, 2 and then 3 wait and are dropped
     assert [entry.step for entry in store.saved(tmp_path)] == [1, 4]
@@ -170,7 +170,7 @@ def test_an_error_is_not_lost_when_the_loop_fails_as_well(tmp_path, monkeypatch)
     gate.open.set()
     monkeypatch.setattr(store, "write", write)
     run = make(8, tmp_path, every=1, asynchronous=True)
-    run = run._replace(observers=[*run.observers, fail])
+    run = run.replace(observers=[*run.observers, fail])
     with pytest.raises((CheckpointError, RuntimeError)) as caught:
         run.fit()
     chain = [caught.value, caught.value.__context__]

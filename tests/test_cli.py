@@ -43,7 +43,7 @@ def failing(error="zero"):
     def loss(params, buffers, batch, key):
         return 1 / 0 if error == "zero" else "no loss"
 
-    return run("runs/failing")._replace(step=pt.train_step(loss, pt.optim.sgd(0.1, momentum=0.5)))
+    return run("runs/failing").replace(step=pt.train_step(loss, pt.optim.sgd(0.1, momentum=0.5)))
 
 
 def demanding(size):
@@ -273,7 +273,7 @@ def run():
         if count == 4 and "--resume" not in sys.argv:
             os.kill(os.getpid(), {int(number)})
         return made.step(state, batch, donate=donate)
-    return made._replace(step=step)
+    return made.replace(step=step)
 """)
 
     def command(*options):

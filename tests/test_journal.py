@@ -233,7 +233,7 @@ def test_each_step_is_in_the_journal(tmp_path):
             )
 
     run = make(tmp_path)
-    run._replace(observers=[*run.observers, look]).fit()
+    run.replace(observers=[*run.observers, look]).fit()
     journal = read_journal(tmp_path)
     steps = journal.steps()
     assert [*steps] == [*range(1, 13)]
@@ -293,7 +293,7 @@ def test_a_restart_is_a_new_segment_that_takes_back_what_came_after(tmp_path):
 
 def test_the_journal_does_not_change_the_run(tmp_path):
     with_journal = make(tmp_path).fit()
-    without = make(tmp_path)._replace(observers=[], directory=None).fit()
+    without = make(tmp_path).replace(observers=[], directory=None).fit()
     assert pt.tree.tree_digest(with_journal) == pt.tree.tree_digest(without)
 
 
@@ -331,7 +331,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = make({str(tmp_path)!r}, epochs=100)
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
 try:
-    run._replace(observers=run.observers[:1]).fit()
+    run.replace(observers=run.observers[:1]).fit()
 finally:  # so that the traceback can be written, wherever to
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 """
@@ -460,7 +460,7 @@ run = make({str(tmp_path)!r}, epochs=100)
 def kill(state, event):
     if event.kind == "step" and event.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-run._replace(observers=[*run.observers, kill]).fit()
+run.replace(observers=[*run.observers, kill]).fit()
 """
     done = forking.run("-c", code)
     assert done.returncode == -signal.SIGKILL

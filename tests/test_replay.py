@@ -122,7 +122,7 @@ def digests_of(run):
         if event.kind == "step":
             found[event.step] = pt.tree.tree_digest(state)
 
-    run._replace(observers=[note], directory=None).fit()
+    run.replace(observers=[note], directory=None).fit()
     return found
 
 
@@ -175,7 +175,7 @@ def test_a_replay_with_other_data_or_rate_or_seed_differs_at_the_first_step(toy)
 
 
 def test_a_replay_goes_over_restarts_and_what_they_took_back(toy):
-    toy(save=5, epochs=2)._replace(epochs=None, steps=7).fit()
+    toy(save=5, epochs=2).replace(epochs=None, steps=7).fit()
     Path("run/step_00000007.ckpt").unlink()
     toy(save=5).fit(resume=True)
     run = pt.open_run("run")
@@ -244,7 +244,7 @@ def test_metrics_as_columns(toy):
             rows.append((event.step, event.epoch, event.metrics["loss"].item()))
 
     run = toy()
-    run._replace(observers=[*run.observers, note]).fit()
+    run.replace(observers=[*run.observers, note]).fit()
     recorded = pt.open_run("run")
     columns = recorded.metrics()
     assert [*zip(*(columns[name].tolist() for name in ("step", "epoch", "loss")), strict=True)] == (
@@ -267,7 +267,7 @@ def test_a_run_or_function_of_ones_own_can_be_given(toy):
 def test_what_is_missing_is_said(toy):
     with pytest.raises(JournalError, match="puretrain.journal"):
         pt.open_run(".")
-    toy()._replace(epochs=None, steps=5).fit()
+    toy().replace(epochs=None, steps=5).fit()
     for path in Path("run").glob("*.ckpt"):
         path.unlink()
     assert pt.open_run("run").replay(3).begin == 0
@@ -436,7 +436,7 @@ def test_digits_with_workers_one_of_them_killed_replays_with_any_number(tmp_path
         run = digits.run(str(tmp_path), epochs=2)
         batches = pt.batches(samples, 50, shuffle=True, num_workers=num_workers)
         observers = [pt.journal(tmp_path, every=10), pt.checkpoints(tmp_path, every=10)]
-        return run._replace(batches=batches, observers=observers, validation=None, reducers=[])
+        return run.replace(batches=batches, observers=observers, validation=None, reducers=[])
 
     def kill_a_worker(state, event):
         if event.kind == "step" and event.step == 15:
@@ -444,11 +444,11 @@ def test_digits_with_workers_one_of_them_killed_replays_with_any_number(tmp_path
 
     run = make(2)
     with pytest.raises((DataError, RuntimeError)):  # torch's signal handler may raise anywhere
-        run._replace(observers=[*run.observers, kill_a_worker]).fit()
+        run.replace(observers=[*run.observers, kill_a_worker]).fit()
     assert int(make(1).fit(resume=True).step) == 48
     for program in (make(0), make(3)):
         found = pt.open_run(tmp_path, program).replay()
         assert (found.compared, found.states, found.difference) == (48, 4, None)
     # read from the arrays, as the example does, the batches are the same
-    plain = make(0)._replace(batches=digits.run().batches)
+    plain = make(0).replace(batches=digits.run().batches)
     assert pt.open_run(tmp_path, plain).replay().difference is None

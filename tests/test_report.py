@@ -141,7 +141,7 @@ def test_a_restart_that_does_not_continue_is_told(tmp_path):
     for path in directory.glob("*.ckpt"):
         if "00000006" not in path.name:
             path.unlink()
-    make(directory)._replace(batches=pt.batches(torch.ones(16, 3), 2)).fit(resume=True)
+    make(directory).replace(batches=pt.batches(torch.ones(16, 3), 2)).fit(resume=True)
     assert (
         "Step 7 was taken again after a restart and came out differently"
         in (page_of(directory, tmp_path)[1])

@@ -24,7 +24,12 @@ def make(directory, *, steps=6, **changes):
         observers=[pt.checkpoints(directory, every=2, keep=None)] if directory else [],
         directory=directory,
     )
-    return run._replace(**changes)
+    return run.replace(**changes)
+
+
+def test_a_field_that_a_run_does_not_have_is_refused():
+    with pytest.raises(ConfigurationError, match=r"has no field epoch, lr; it has state, step, "):
+        make(None).replace(lr=0.1, epoch=3)
 
 
 def damage(path):
@@ -37,10 +42,10 @@ def test_fit_is_fit_with_the_fields_as_arguments():
     run = make(None)
     expected = pt.fit(run.state, run.step, run.batches, steps=6, reducers=run.reducers)
     assert tree_equal(run.fit(), expected)
-    assert tree_equal(run._replace(steps=None, epochs=2).fit(), expected)
+    assert tree_equal(run.replace(steps=None, epochs=2).fit(), expected)
     seen = []
     validation = pt.Validation(lambda state, batch: {"w": state.params["w"][0]}, [torch.ones(1)])
-    run._replace(validation=validation, observers=[lambda state, event: seen.append(event)]).fit()
+    run.replace(validation=validation, observers=[lambda state, event: seen.append(event)]).fit()
     assert [event.step for event in seen if event.kind == "validation"] == [3, 6]
 
 

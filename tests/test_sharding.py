@@ -205,7 +205,7 @@ def make_run(directory=None, observer=None, **options):
         observers=[] if observer is None else [observer],
         validation=pt.Validation(evaluate, source()),
         directory=directory,
-    )._replace(**options)
+    ).replace(**options)
 
 
 def distributed(mesh, directory):
@@ -242,8 +242,8 @@ def message(kind, function, *arguments, **options):
 def refused(mesh):
     rank = mesh.get_rank()
     run = make_run()
-    wrapped = run._replace(step=functools.wraps(run.step)(lambda *a, **k: run.step(*a)))
-    bare = run._replace(step=lambda state, batch: state)
+    wrapped = run.replace(step=functools.wraps(run.step)(lambda *a, **k: run.step(*a)))
+    bare = run.replace(step=lambda state, batch: state)
     state, step = make(sharding.ddp(mesh))
     divided = sharding.divide(source(), mesh, logical_shards=2 * mesh.size())
 
@@ -260,11 +260,11 @@ def refused(mesh):
             ConfigurationError, sharding.divide, source(), mesh, logical_shards=mesh.size() + 1
         ),
         "parts": message(DataError, pt.fit, state, step, divided, steps=1),
-        "steps": message(ConfigurationError, sharding.distribute, run._replace(steps=rank), mesh),
+        "steps": message(ConfigurationError, sharding.distribute, run.replace(steps=rank), mesh),
         "seeds": message(
             ConfigurationError,
             sharding.distribute,
-            run._replace(state=run.state.replace(params=pt.FrozenDict(biased))),
+            run.replace(state=run.state.replace(params=pt.FrozenDict(biased))),
             mesh,
         ),
         "metrics": message(

@@ -259,7 +259,7 @@ def _train(options: argparse.Namespace, mesh: DeviceMesh | None) -> int:
             if event.kind in ("validation", "epoch_end"):
                 last.update(event.metrics)
 
-        run = run._replace(observers=(*run.observers, remember))
+        run = run.replace(observers=(*run.observers, remember))
         if mesh is not None:
             run = distribute(run, mesh, logical_shards=options.logical_shards)
         resume = _decide(run, lambda: _resume_from(run, options.resume))

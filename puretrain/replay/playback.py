@@ -241,7 +241,7 @@ class Recorded(NamedTuple):
         state = self.state_at(at)
         run = self.make(directory=os.fspath(directory))
         save(place / f"step_{at:08}.ckpt.start", state)
-        return run._replace(state=state, directory=directory)
+        return run.replace(state=state, directory=directory)
 
     def replay(
         self, begin: int = 0, end: int | None = None, *, recorded_settings: bool = True

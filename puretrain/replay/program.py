@@ -135,7 +135,7 @@ def make_run(
             f"{path} can't take {', '.join(given)}: give its function a parameter of that name "
             f"(it has: {', '.join(parameters) or 'none'})"
         )
-    return made._replace(**fields)
+    return made.replace(**fields)
 
 
 def split_target(target: str) -> tuple[Path, str | None]:

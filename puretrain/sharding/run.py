@@ -67,7 +67,7 @@ def distribute(run: Run, mesh: DeviceMesh, *, logical_shards: int | None = None)
             )
         return run
     _check_equal(run, mesh)
-    return run._replace(
+    return run.replace(
         step=_step(run.step, mesh, logical_shards),
         batches=_divided(run.batches, mesh, logical_shards),
         validation=run.validation and _validation(run.validation, mesh, logical_shards),
