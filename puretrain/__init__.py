@@ -25,9 +25,9 @@ try:
     )
     from puretrain.checkpoint import (
         convert,
+        latest,
         load,
         load_part,
-        newest,
         open_checkpoint,
         read_index,
         read_slice,
@@ -123,6 +123,7 @@ __all__ = [
     "functional",
     "journal",
     "jsonl_log",
+    "latest",
     "lease",
     "load",
     "load_into",
@@ -134,7 +135,6 @@ __all__ = [
     "metrics",
     "nan_guard",
     "new_directory",
-    "newest",
     "open_checkpoint",
     "open_run",
     "optim",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from puretrain.checkpoint import load, newest
+from puretrain.checkpoint import latest, load
 from puretrain.checkpoint.places import file_name, is_url, plain, shown
 from puretrain.errors import CheckpointError, ConfigurationError
 from puretrain.loop import Event, Observer, Reducer, Validation, fit, prepare
@@ -141,7 +141,7 @@ class Run(NamedTuple):
                     "or the path of a checkpoint to resume from"
                 )
             return None
-        path = newest(self.directory)
+        path = latest(self.directory)
         if path is not None and not resume:
             raise ConfigurationError(
                 f"{shown(self.directory)} has the checkpoints of an earlier run (the newest is "
@@ -158,7 +158,7 @@ def _existing(path: str | os.PathLike[str]) -> Path | str:
     is_file = file_name(path).endswith(".ckpt") if is_url(path) else not Path(plain(path)).is_dir()
     if is_file:
         return plain(path)
-    found = newest(path)
+    found = latest(path)
     if found is None:
         raise CheckpointError(
             f"{shown(path)} is a directory without a good checkpoint; name a file"

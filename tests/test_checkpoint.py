@@ -1400,25 +1400,25 @@ def test_saving_and_verifying_need_next_to_no_memory(tmp_path):
 
 
 def test_newest_is_the_largest_step_that_is_whole(tmp_path):
-    assert pt.newest(tmp_path / "nowhere") is None
-    assert pt.newest(tmp_path) is None
+    assert pt.latest(tmp_path / "nowhere") is None
+    assert pt.latest(tmp_path) is None
     pt.save(tmp_path / "z.ckpt", {"step": 3})
     pt.save(tmp_path / "b.ckpt", {"step": torch.tensor(20)})
     pt.save(tmp_path / "c.ckpt", 0, metadata={"step": 10})
     pt.save(tmp_path / "d.ckpt", {"other": 99})
     pt.save(tmp_path / "e.other", {"step": 100})
-    assert pt.newest(tmp_path) == tmp_path / "b.ckpt"
+    assert pt.latest(tmp_path) == tmp_path / "b.ckpt"
     content = bytearray((tmp_path / "b.ckpt").read_bytes())
     content[-1] ^= 1
     (tmp_path / "b.ckpt").write_bytes(content)
     with pytest.warns(UserWarning, match=r"damaged checkpoint is passed over: .*b\.ckpt"):
-        assert pt.newest(tmp_path) == tmp_path / "c.ckpt"
+        assert pt.latest(tmp_path) == tmp_path / "c.ckpt"
     (tmp_path / "c.ckpt").write_bytes(b"")
     with (
         pytest.warns(UserWarning, match=r"c\.ckpt: the file is empty"),
         pytest.warns(UserWarning, match=r"b\.ckpt"),
     ):
-        assert pt.newest(tmp_path) == tmp_path / "z.ckpt"
+        assert pt.latest(tmp_path) == tmp_path / "z.ckpt"
 
 
 # ── The specification ─────────────────────────────────────────────────────────────────────────────

@@ -102,7 +102,7 @@ def test_fit_prints_where_it_ended_and_how_to_go_on(place, call):
     assert "train/loss" in out
     assert expected_digest() in out
     assert "puretrain fit toy.py --resume --epochs N" in out
-    newest = pt.newest("runs/toy")
+    newest = pt.latest("runs/toy")
     assert str(newest) in out
     assert pt.tree.tree_digest(pt.load(newest)) == expected_digest()
 
@@ -219,7 +219,7 @@ def test_a_run_at_its_end_says_so(place, call):
 
 def test_resume_goes_on_from_the_newest_good_checkpoint(place, call):
     call("fit", "toy.py", "--steps", "7")
-    newest = pt.newest("runs/toy")
+    newest = pt.latest("runs/toy")
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="1 checkpoints of steps after 6"):
         status, out, err = call("fit", "toy.py", "--resume", "--json")
@@ -230,7 +230,7 @@ def test_resume_goes_on_from_the_newest_good_checkpoint(place, call):
 
 def test_resume_from_a_given_checkpoint_or_directory(place, call):
     call("fit", "toy.py", "--steps", "5")
-    kept = shutil.copy(pt.newest("runs/toy"), place / "kept.ckpt")
+    kept = shutil.copy(pt.latest("runs/toy"), place / "kept.ckpt")
     shutil.move("runs/toy", "moved")
     for source in (kept, "moved"):
         status, out, err = call("fit", "toy.py", "--json", "--resume", source)
@@ -283,10 +283,10 @@ def run():
     told = json.loads(done.stdout)
     assert done.returncode == status
     assert (told["interrupted"], told["step"]) == (signal.Signals(number).name, 4)
-    assert Path(told["checkpoint"]) == pt.newest("runs/toy")
+    assert Path(told["checkpoint"]) == pt.latest("runs/toy")
     shutil.rmtree("runs/toy")
     done = command()
-    saved = pt.newest("runs/toy")
+    saved = pt.latest("runs/toy")
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.count("\n") == 1
     again = pt.command_line("puretrain", "fit", "stopped.py", "--resume")

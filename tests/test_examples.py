@@ -74,7 +74,7 @@ def test_char_lm_learns_and_resumes(tmp_path):
     assert found(r"state (\w{32})", out) == found(r"state (\w{32})", resumed)
     # Uniform guessing takes 8 bits, and knowing how often each byte occurs 4.9.
     assert 3 < float(found(r"([0-9.]+) bits per byte", out)) < bits < 8
-    params = pt.load(pt.newest(straight), only="params/**")["params"]
+    params = pt.load(pt.latest(straight), only="params/**")["params"]
     assert params["embedding.weight"].shape == (256, 128)
     assert "head.weight" not in params  # it is tied to the embedding
 

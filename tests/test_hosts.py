@@ -92,7 +92,7 @@ def test_a_run_goes_on_without_a_host_that_is_lost(hosts, place):
     options += ["--resume", "--max-restarts", "3", "--set", "pause=0.1", "--timeout", "20"]
     stays, lost = (start(host, place, *options) for host in hosts)
     end = time.monotonic() + 100
-    while pt.newest(place / "runs/b") is None:
+    while pt.latest(place / "runs/b") is None:
         assert time.monotonic() < end
         assert stays.poll() is None
         time.sleep(0.05)

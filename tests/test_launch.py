@@ -181,7 +181,7 @@ def test_a_signal_ends_all_and_another_number_goes_on(
     assert json.loads(out)["interrupted"] == name
     assert "Traceback" not in err
     assert "error" not in err
-    saved = pt.newest(place / "runs/c")
+    saved = pt.latest(place / "runs/c")
     assert int(pt.load(saved, only="step")["step"]) == json.loads(out)["step"] < 20
     assert result(fit(*options, "--resume"))["digest"] == digest
 

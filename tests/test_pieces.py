@@ -110,7 +110,7 @@ def test_everything_that_reads_a_checkpoint_reads_pieces(cut, tmp_path):
         (1, [(0, 1, 64), (1, 2, 128)]),
         (0, [(0, 4, 96), (4, 1, 24), (5, 5, 120)]),
     ]
-    assert str(pt.newest(tmp_path)) == str(path)
+    assert str(pt.latest(tmp_path)) == str(path)
     pt.convert(path, tmp_path / "alone.ckpt")
     assert pt.read_index(tmp_path / "alone.ckpt").requires == set()
     assert tree_digest(pt.load(tmp_path / "alone.ckpt")) == tree_digest(tree)

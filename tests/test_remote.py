@@ -92,7 +92,7 @@ def test_a_directory_there(place):
     assert tree_digest(pt.load(store.latest(url))) == tree_digest(tree(3))
     assert store.check(url) == []
     assert [entry.step for entry in store.begin(url, 2)] == [3]
-    assert str(pt.newest(url)).endswith("step_00000002.ckpt")
+    assert str(pt.latest(url)).endswith("step_00000002.ckpt")
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -163,7 +163,7 @@ def test_a_damaged_file_there_is_found_out(ftp):
 def test_what_is_not_there_is_a_clear_error(place):
     with pytest.raises(CheckpointError, match="can't be read"):
         pt.load(f"{place}/none.ckpt")
-    assert pt.newest(f"{place}/none") is None
+    assert pt.latest(f"{place}/none") is None
 
 
 def test_nobody_at_the_other_end():

@@ -389,7 +389,7 @@ def test_the_how_to_runs_as_it_stands(tmp_path):
     assert "identical   for 24 steps, the whole state at 2 of them" in printed
     assert "PARTED      at step 1;" in printed
     assert (tmp_path / "runs/line/report.html").is_file()
-    assert int(pt.load(pt.newest(tmp_path / "runs/fork"))["step"]) == 40
+    assert int(pt.load(pt.latest(tmp_path / "runs/fork"))["step"]) == 40
 
 
 # ── The examples, killed, resumed and lived again ─────────────────────────────────────────────────

@@ -128,7 +128,7 @@ def script(place):
         report[name] = {
             "status": status,
             "taken": taken,
-            "saved": int(pt.load(pt.newest(directory), only="step")["step"]),
+            "saved": int(pt.load(pt.latest(directory), only="step")["step"]),
             "final": finish(directory),
         }
     print(json.dumps(report))

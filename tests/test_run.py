@@ -128,18 +128,18 @@ def test_the_newest_is_the_one_of_the_largest_step_whatever_its_name(tmp_path):
     (tmp_path / "c.ckpt.old").write_bytes((tmp_path / "b.ckpt").read_bytes())
     (tmp_path / "notes.txt").write_text("no checkpoint")
     assert find_checkpoint(tmp_path) == (tmp_path / "b.ckpt", ())
-    assert pt.newest(tmp_path) == tmp_path / "b.ckpt"
+    assert pt.latest(tmp_path) == tmp_path / "b.ckpt"
     # What the metadata says comes first, and files without a step come last.
     pt.save(tmp_path / "d.ckpt", {"x": torch.ones(1)}, metadata={"step": 11})
     pt.save(tmp_path / "e.ckpt", {"x": torch.ones(1)})
-    assert pt.newest(str(tmp_path)) == tmp_path / "d.ckpt"
+    assert pt.latest(str(tmp_path)) == tmp_path / "d.ckpt"
 
 
 def test_among_equal_steps_the_latest_file_is_the_newest(tmp_path):
     for name, when in (("a", 2000), ("b", 1000)):
         pt.save(tmp_path / f"{name}.ckpt", {"step": 7})
         os.utime(tmp_path / f"{name}.ckpt", (when, when))
-    assert pt.newest(tmp_path) == tmp_path / "a.ckpt"
+    assert pt.latest(tmp_path) == tmp_path / "a.ckpt"
 
 
 def test_damaged_ones_are_told_but_not_those_that_need_not_be_read(tmp_path):
@@ -159,7 +159,7 @@ def test_damaged_ones_are_told_but_not_those_that_need_not_be_read(tmp_path):
     ]
     assert all(path.name in str(error) for path, error in found.damaged)
     with pytest.warns(UserWarning, match="passed over") as warned:
-        assert pt.newest(tmp_path) == found.path
+        assert pt.latest(tmp_path) == found.path
     assert len(warned) == 4
     for step in (2, 3):
         (tmp_path / f"{step}.ckpt").unlink()

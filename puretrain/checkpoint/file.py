@@ -70,8 +70,8 @@ __all__ = [
     "Found",
     "checkpoint_files",
     "find_checkpoint",
+    "latest",
     "load",
-    "newest",
     "opened",
     "read_index",
     "read_leaf",
@@ -775,7 +775,7 @@ def checkpoint_files(directory: str | os.PathLike[str]) -> list[Path | str]:
     return [_named(join(directory, name)) for name in found]
 
 
-def newest(directory: str | os.PathLike[str]) -> Path | str | None:
+def latest(directory: str | os.PathLike[str]) -> Path | str | None:
     """The newest checkpoint in a directory that is whole; see :func:`find_checkpoint`.
 
     Damaged checkpoints are passed over, with a warning that names each.
