@@ -115,7 +115,7 @@ def run(directory="runs/char_lm", steps=500, seed=0, lr=3e-3, batch_size=32):
         validation=pt.Validation(
             pt.eval_step(evaluate),
             pt.batches(windows(validation, stride=CONTEXT), 128),
-            every_steps=100,
+            every=100,
             limit=4,
         ),
         observers=[

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from puretrain import random
 from puretrain.data import Batches, batches
-from puretrain.errors import ConfigurationError, DataError, StructureError
+from puretrain.errors import ConfigurationError, DataError, StructureError, check_whole
 from puretrain.metrics import accumulate, as_metric, compute_all
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import EvalStep, Step
@@ -125,10 +125,10 @@ class Validation(NamedTuple):
     """From a state and a batch to metrics; made by :func:`puretrain.eval_step`."""
     batches: Any
     """A source as for :func:`fit`; its epoch 0 is read each time."""
-    every_steps: int | None = None
+    every: int | None = None
     """Validate after so many steps. None: at the end of epochs."""
     every_epochs: int = 1
-    """Validate at the end of every so many epochs, unless ``every_steps`` is given."""
+    """Validate at the end of every so many epochs, unless ``every`` is given."""
     limit: int | None = None
     """Read at most so many batches."""
     prefix: str = "val/"
@@ -215,6 +215,10 @@ def fit(
     """
     if epochs is None and steps is None:
         raise ConfigurationError("fit needs to know when to end: give epochs=, steps=, or both")
+    if validation is not None:
+        if validation.every is not None:
+            check_whole("Validation: every", validation.every)
+        check_whole("Validation: every_epochs", validation.every_epochs)
     chain = [as_reducer(reducer) for reducer in reducers]
     plan = _Plan(
         step,
@@ -403,8 +407,8 @@ def _validate_if_due(plan: _Plan, state: S, received: list[int], *, at_end_of_ep
     validation, step = plan.validation, int(state.step)
     if validation is None or int(state.validated) == step:
         return state
-    if validation.every_steps is not None:
-        due = step > 0 and step % validation.every_steps == 0
+    if validation.every is not None:
+        due = step > 0 and step % validation.every == 0
     else:
         due = at_end_of_epoch and (int(state.cursor.epoch) + 1) % validation.every_epochs == 0
     if not due:

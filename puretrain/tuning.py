@@ -114,7 +114,7 @@ def lr_find(
     mode: Mode = "exponential",
     stop_factor: float | None = 4.0,
     smoothing: float = 0.98,
-    name: str = "lr",
+    hyperparameter: str = "lr",
 ) -> RangeTest:
     """Train from a state while the learning rate grows, and record the loss.
 
@@ -139,7 +139,7 @@ def lr_find(
             the test.
         smoothing: how much of the running mean of the loss stays at each update, in [0, 1); the
             mean is corrected for its beginning at zero.
-        name: the hyper-parameter, as :func:`puretrain.optim.get_hyperparams` calls it.
+        hyperparameter: its name, as :func:`puretrain.optim.get_hyperparams` calls it.
 
     Raises:
         ConfigurationError: an argument has no such value, or there is no metric ``loss``.
@@ -162,13 +162,12 @@ def lr_find(
     """
     rates = learning_rates(min_lr, max_lr, updates, mode)
     _check_options(stop_factor, smoothing)
-    if name not in {path.rpartition("/")[2] for path in get_hyperparams(state.opt_state)} | set(
-        get_hyperparams(state.opt_state)
-    ):
+    paths = get_hyperparams(state.opt_state).keys()
+    if hyperparameter not in paths | {path.rpartition("/")[2] for path in paths}:
         raise OptimizerError(
-            f"lr_find: the optimizer's state holds no hyper-parameter {name!r}; make the optimizer "
-            "with inject_hyperparams, as in inject_hyperparams(adamw)(lr=1e-3), so that the "
-            "learning rate is a part of the state"
+            f"lr_find: the optimizer's state holds no hyper-parameter {hyperparameter!r}; make the "
+            "optimizer with inject_hyperparams, as in inject_hyperparams(adamw)(lr=1e-3), so that "
+            "the learning rate is a part of the state"
         )
     smoothed = Smoothed(smoothing, stop_factor)
     raw: list[float] = []
@@ -176,7 +175,9 @@ def lr_find(
     seen = {"updates": int(state.updates), "skipped": int(state.skipped)}
 
     def with_rate(state: S, number: int) -> S:
-        return state.replace(opt_state=set_hyperparams(state.opt_state, **{name: rates[number]}))
+        return state.replace(
+            opt_state=set_hyperparams(state.opt_state, **{hyperparameter: rates[number]})
+        )
 
     def look(state: S, event: Event) -> S:
         if event.kind == "step":

@@ -156,9 +156,9 @@ def test_a_run_by_steps_ends_in_the_middle_of_an_epoch_and_goes_on():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"every_steps": 2}, [2, 4, 6, 8, 10, 12]),
-        ({"every_steps": 3}, [3, 6, 9, 12]),  # at the end of an epoch only once
-        ({"every_steps": 5}, [5, 10]),
+        ({"every": 2}, [2, 4, 6, 8, 10, 12]),
+        ({"every": 3}, [3, 6, 9, 12]),  # at the end of an epoch only once
+        ({"every": 5}, [5, 10]),
         ({"every_epochs": 2}, [6, 12]),
         ({"every_epochs": 3}, [9]),
         ({"limit": 1}, [3, 6, 9, 12]),
@@ -171,6 +171,12 @@ def test_when_validation_is_due(options, expected):
     assert [e.step for e in log.events if e.kind == "validation"] == expected
 
 
+@pytest.mark.parametrize("argument", ["every", "every_epochs"])
+def test_a_validation_that_is_never_due_is_refused(argument):
+    with pytest.raises(ConfigurationError, match=f"^Validation: {argument} is a whole number from"):
+        pt.fit(**run(**{argument: 0}), epochs=1)
+
+
 def test_validation_is_evaluate_on_the_state_of_its_event():
     seen = []
 
@@ -180,7 +186,7 @@ def test_validation_is_evaluate_on_the_state_of_its_event():
             alone = pt.evaluate(state, arguments.step, arguments.batches, limit=1)
             seen.append((event.metrics["held/loss"], alone["loss"]))
 
-    pt.fit(**run(prefix="held/", limit=1, every_steps=2), steps=4, observers=[look])
+    pt.fit(**run(prefix="held/", limit=1, every=2), steps=4, observers=[look])
     assert len(seen) == 2
     assert tree_equal(*zip(*seen, strict=True))
 
@@ -449,12 +455,12 @@ def stream(epoch):
 @pytest.mark.parametrize(
     ("source", "options", "limits"),
     [
-        (None, {"every_steps": 2}, {"epochs": 3}),
+        (None, {"every": 2}, {"epochs": 3}),
         (None, {}, {"steps": 8}),
         (None, {"every_epochs": 2}, {"epochs": 9}),  # stopped by a reducer
-        (Counter, {"every_steps": 3}, {"epochs": 3}),
+        (Counter, {"every": 3}, {"epochs": 3}),
         (lambda: stream, {}, {"epochs": 3}),
-        (lambda: [*stream(0)], {"every_steps": 2}, {"epochs": 3, "steps": 7}),
+        (lambda: [*stream(0)], {"every": 2}, {"epochs": 3, "steps": 7}),
     ],
     ids=["arrays", "steps", "stopped", "stateful", "function", "list"],
 )
@@ -611,7 +617,7 @@ PROGRAM = textwrap.dedent("""
     from test_loop import run
 
     place, blocking = sys.argv[2], sys.argv[3] == "block"
-    arguments = run(every_steps=2)
+    arguments = run(every=2)
     step = arguments["step"]
 
     def slow(state, batch, *, donate=False):
@@ -669,8 +675,8 @@ def test_a_signal_ends_the_program_with_a_state_to_go_on_from(number, code, tmp_
     state = pt.load(tmp_path / "last.ckpt", like=run()["state"])
     assert int(state.step) == int(last) < 10_000
     steps = int(last) + 4
-    end = pt.fit(**{**run(every_steps=2), "state": state}, steps=steps)
-    assert tree_equal(end, pt.fit(**run(every_steps=2), steps=steps))
+    end = pt.fit(**{**run(every=2), "state": state}, steps=steps)
+    assert tree_equal(end, pt.fit(**run(every=2), steps=steps))
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -689,7 +695,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 @pytest.mark.parametrize("where", ["step", "validation", "epoch_end", "in validation"])
 def test_an_interrupted_run_goes_on_from_its_state(where):
-    arguments = run(every_steps=3)
+    arguments = run(every=3)
     if where == "in validation":
         inner = arguments["validation"].step
 

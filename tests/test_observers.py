@@ -44,7 +44,7 @@ def run(**changes):
         "state": pt.TrainState.create(params, None, optimizer, key=pt.random.key(0)),
         "step": pt.train_step(loss, optimizer),
         "batches": pt.batches(x, 2, shuffle=True),
-        "validation": pt.Validation(pt.eval_step(distance), [torch.zeros(1)], every_steps=3),
+        "validation": pt.Validation(pt.eval_step(distance), [torch.zeros(1)], every=3),
         "epochs": 4,
         **changes,
     }
@@ -443,24 +443,24 @@ def test_a_log_after_a_resume_is_that_of_an_undisturbed_run(kind, tmp_path):
     whole, broken = tmp_path / f"whole.{kind}", tmp_path / f"broken.{kind}"
     log = LOGS[kind]
     states = []
-    pt.fit(**run(epochs=3), observers=[log(whole, 1), keep_states(states)])
+    pt.fit(**run(epochs=3), observers=[log(whole, every=1), keep_states(states)])
     expected = whole.read_bytes()
     for i, (event, state) in enumerate(states):
         # What a run leaves that went on after its last save, and was killed in the middle of a line
         with pytest.raises(Crash):
             crash = crash_at(min(i + 5, len(states)))
-            pt.fit(**run(epochs=3), observers=[log(broken, 1), crash])
+            pt.fit(**run(epochs=3), observers=[log(broken, every=1), crash])
         with broken.open("ab") as file:
             file.write(b'{"event": "st' if kind == "jsonl" else b"step,2,9")
-        pt.fit(**run(epochs=3, state=state), observers=[log(broken, 1)])
+        pt.fit(**run(epochs=3, state=state), observers=[log(broken, every=1)])
         assert broken.read_bytes() == expected, f"from {event.kind} after step {event.step}"
     assert sorted(path.name for path in tmp_path.iterdir()) == [broken.name, whole.name]
 
 
 def test_a_run_from_the_beginning_begins_its_log(tmp_path):
     path = tmp_path / "a.csv"
-    pt.fit(**run(epochs=2), observers=[pt.csv_log(path, 1)])
-    pt.fit(**run(epochs=1), observers=[pt.csv_log(path, 1)])
+    pt.fit(**run(epochs=2), observers=[pt.csv_log(path, every=1)])
+    pt.fit(**run(epochs=1), observers=[pt.csv_log(path, every=1)])
     assert len(path.read_text().splitlines()) == 1 + 4 + 1 + 1
 
 

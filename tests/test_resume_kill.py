@@ -52,7 +52,7 @@ def make_run(directory, heartbeat):
         steps=STEPS,
         reducers=[pt.ema(0.9), pt.early_stopping("val/loss", patience=10**6)],
         observers=[pt.checkpoints(directory, every=3, keep=2), heartbeat] if directory else [],
-        validation=pt.Validation(pt.eval_step(evaluate), pt.batches((x, y), 72), every_steps=7),
+        validation=pt.Validation(pt.eval_step(evaluate), pt.batches((x, y), 72), every=7),
         directory=directory,
     )
 

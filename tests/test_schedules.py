@@ -280,7 +280,7 @@ def test_a_part_need_not_be_finite_outside_of_its_own_range():
         (lambda: constant(float("nan")), "value must be a finite number"),
         (lambda: constant(True), "value must be a finite number"),
         (lambda: linear(0.0, 1.0, 0), "steps is a whole number from 1, not 0"),
-        (lambda: linear(0.0, None, 5), "end must be a finite number"),
+        (lambda: linear(0.0, None, 5), "final must be a finite number"),
         (lambda: cosine(1.0, 10.0), r"steps is a whole number from 1, not 10\.0"),
         (lambda: cosine(1.0, 10, final="x"), "final must be"),
         (lambda: cosine_restarts(1.0, 0), "period is a whole number from 1"),

@@ -146,7 +146,7 @@ def test_the_hyperparameter_can_have_another_place():
     sgd = pt.optim.inject_hyperparams(pt.optim.sgd)(lr=0.1)
     optimizer = pt.optim.chain(pt.optim.clip_by_global_norm(1.0), sgd)
     state = pt.TrainState.create({"w": torch.zeros(3)}, None, optimizer, key=pt.random.key(0))
-    test = pt.lr_find(state, pt.train_step(loss, optimizer), data(), updates=5, name="lr")
+    test = pt.lr_find(state, pt.train_step(loss, optimizer), data(), updates=5, hyperparameter="lr")
     assert len(test.lr) == 5
 
 

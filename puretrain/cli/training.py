@@ -181,7 +181,7 @@ def _add_lr_find(commands: Any) -> None:
     )
     parser.add_argument("--linear", action="store_true", help="equal steps instead of factors")
     parser.add_argument(
-        "--name", default="lr", help="the hyper-parameter; default: lr", metavar="NAME"
+        "--hyperparameter", default="lr", help="its name; default: lr", metavar="NAME"
     )
     add_run_options(parser)
 
@@ -197,7 +197,7 @@ def _lr_find(options: argparse.Namespace) -> int:
             max_lr=options.max,
             updates=options.updates,
             mode="linear" if options.linear else "exponential",
-            name=options.name,
+            hyperparameter=options.hyperparameter,
         )
     suggestion = test.suggestion()
     if options.json:
@@ -211,7 +211,8 @@ def _lr_find(options: argparse.Namespace) -> int:
         write("suggestion  none: too few finite losses; give a lower --min, or more --updates")
     else:
         write(
-            f"suggestion  {options.name} {format_number(suggestion)}, where the loss falls fastest"
+            f"suggestion  {options.hyperparameter} {format_number(suggestion)}, "
+            "where the loss falls fastest"
         )
     return 0
 

@@ -60,7 +60,7 @@ def explanations(path: str | os.PathLike[str], step: Step, *, every: int = 100) 
 
 class _Explanations:
     def __init__(self, path: str | os.PathLike[str], step: Step, every: int) -> None:
-        self._log, self._step, self._every = jsonl_log(path, every), step, every
+        self._log, self._step, self._every = jsonl_log(path, every=every), step, every
 
     def __call__(self, state: Any, event: Event) -> None:
         if event.kind == "step" and not event.step % self._every:

@@ -23,7 +23,7 @@ _FIRST = ("event", "epoch", "step")
 Row = dict[str, Any]
 
 
-def csv_log(path: str | os.PathLike[str], every: int = 50) -> Observer:
+def csv_log(path: str | os.PathLike[str], *, every: int = 50) -> Observer:
     """Write the metrics to a file of comma-separated values.
 
     The columns are ``event`` (``step``, ``validation`` or ``epoch_end``), ``epoch``, ``step``, and
@@ -58,7 +58,7 @@ def csv_log(path: str | os.PathLike[str], every: int = 50) -> Observer:
     return _Log(Path(path), every, _CSV)
 
 
-def jsonl_log(path: str | os.PathLike[str], every: int = 50) -> Observer:
+def jsonl_log(path: str | os.PathLike[str], *, every: int = 50) -> Observer:
     """Write the metrics to a file with one JSON object in each line.
 
     The keys are those of :func:`csv_log`, and so is what happens at the start of a run. JSON has

@@ -28,8 +28,8 @@ _BINS = 64  # of a histogram
 
 def tensorboard(
     directory: str | os.PathLike[str],
-    every: int = 50,
     *,
+    every: int = 50,
     histograms_every: int | None = None,
     hparams: Mapping[str, bool | int | float | str] | None = None,
 ) -> Observer:

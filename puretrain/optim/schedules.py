@@ -62,21 +62,21 @@ def constant(value: float | Tensor) -> Schedule:
     return lambda count: level + 0 * _number(count)
 
 
-def linear(start: float | Tensor, end: float | Tensor, steps: int) -> Schedule:
-    """A straight line from ``start`` to ``end``, which stays at ``end``.
+def linear(start: float | Tensor, final: float | Tensor, steps: int) -> Schedule:
+    """A straight line from ``start`` to ``final``, which stays there.
 
-    ``start + (end - start) · min(n, steps) / steps``, as ``torch.optim.lr_scheduler.LinearLR``.
+    ``start + (final - start) · min(n, steps) / steps``, as ``torch.optim.lr_scheduler.LinearLR``.
 
     Args:
         start: the value at ``n = 0``.
-        end: the value from ``n = steps`` on.
+        final: the value from ``n = steps`` on.
         steps: the number of updates between the two, at least 1.
 
     >>> schedule = linear(0.0, 1.0, 4)
     >>> [schedule(n) for n in range(6)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    first, last = _real("start", start), _real("end", end)
+    first, last = _real("start", start), _real("final", final)
     steps = check_whole("steps", steps)
     return lambda count: first + (last - first) * (_at_most(_number(count), steps) / steps)
 

@@ -17,10 +17,10 @@ from puretrain.replay.journal import (
 from puretrain.replay.parting import Parting, bisect
 from puretrain.replay.playback import (
     ChangedLeaf,
-    Checkpoint,
     Difference,
     Recorded,
     Replayed,
+    StoredCheckpoint,
     StoredDifference,
     open_run,
 )
@@ -29,7 +29,6 @@ from puretrain.replay.report import write_report
 __all__ = [
     "BatchDigest",
     "ChangedLeaf",
-    "Checkpoint",
     "Difference",
     "Digests",
     "EventRecord",
@@ -40,6 +39,7 @@ __all__ = [
     "Replayed",
     "Segment",
     "StepRecord",
+    "StoredCheckpoint",
     "StoredDifference",
     "batch_digest",
     "bisect",

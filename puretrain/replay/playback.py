@@ -41,10 +41,10 @@ from puretrain.tree import LeafDifference, tree_diff
 
 __all__ = [
     "ChangedLeaf",
-    "Checkpoint",
     "Difference",
     "Recorded",
     "Replayed",
+    "StoredCheckpoint",
     "StoredDifference",
     "open_run",
 ]
@@ -65,7 +65,7 @@ _FLOW = (
 _CONSEQUENCES = ("validated", "stop", "reducers", "metrics", "epoch_metrics")
 
 
-class Checkpoint(NamedTuple):
+class StoredCheckpoint(NamedTuple):
     """A checkpoint of a run."""
 
     step: int
@@ -85,7 +85,7 @@ class ChangedLeaf(NamedTuple):
 class StoredDifference(NamedTuple):
     """How a replayed state differs from the one that a checkpoint holds."""
 
-    checkpoint: Checkpoint
+    checkpoint: StoredCheckpoint
     leaves: tuple[LeafDifference, ...]
     """First those that a step makes first."""
 
@@ -116,7 +116,7 @@ class Replayed(NamedTuple):
     """The step of the state that it began with."""
     end: int
     """The last step that it took."""
-    checkpoint: Checkpoint | None
+    checkpoint: StoredCheckpoint | None
     """Where that state came from; None: from the start of the run."""
     compared: int
     """How many steps it compared with the journal and found the same."""
@@ -183,12 +183,12 @@ class Recorded(NamedTuple):
         found: Mapping[str, Any] = self.journal.segment_of(step).facts.get("division", {})
         return found
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self) -> list[StoredCheckpoint]:
         """The whole checkpoints in the directory of the run, the earliest first."""
         found = []
         for path in [*self.directory.glob("*.ckpt"), *self.directory.glob("*.ckpt.start")]:
             try:
-                found.append(Checkpoint(int(load(path, only="step")["step"]), path))
+                found.append(StoredCheckpoint(int(load(path, only="step")["step"]), path))
             except (CheckpointError, PatternError):
                 continue  # damaged, or something else than a state: there is nothing to begin from
         return sorted(found)
@@ -303,7 +303,7 @@ class Recorded(NamedTuple):
         except Enough as enough:
             return enough.state
 
-    def _begin(self, run: Run, step: int) -> tuple[Any, Checkpoint | None]:
+    def _begin(self, run: Run, step: int) -> tuple[Any, StoredCheckpoint | None]:
         """The latest state at or before a step that is at hand, and the checkpoint it is from."""
         fresh = prepare(run.state, run.reducers)
         before = [found for found in self.checkpoints() if found.step <= step]
@@ -509,7 +509,8 @@ class _Comparison:
         self.step = self._since = int(state.step)
         self.compared = self.states = 0
         self._found: Difference | None = None
-        self._target: Checkpoint | None = None  # with whose state the replayed one is compared
+        # the one with whose state the replayed one is compared
+        self._target: StoredCheckpoint | None = None
         self._stored: Any = None
         self.over = self.step >= end
         self._compare_start(state)

@@ -17,7 +17,7 @@ import numpy as np
 from puretrain.errors import ConfigurationError
 from puretrain.replay.environment import compare_facts
 from puretrain.replay.journal import Journal, Segment, StepRecord
-from puretrain.replay.playback import Checkpoint, Recorded, changed_leaves
+from puretrain.replay.playback import Recorded, StoredCheckpoint, changed_leaves
 
 __all__ = ["write_report"]
 
@@ -145,7 +145,7 @@ code { font-family: ui-monospace, "Liberation Mono", monospace; font-size: .86em
 # ── Facts ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _summary(recorded: Recorded, checkpoints: Sequence[Checkpoint]) -> str:
+def _summary(recorded: Recorded, checkpoints: Sequence[StoredCheckpoint]) -> str:
     journal = recorded.journal
     steps = journal.steps()
     facts: dict[str, str] = {"steps": f"{recorded.last:,}"}
@@ -430,7 +430,7 @@ _ROWS = dict(
 )
 
 
-def _draw_time_line(recorded: Recorded, checkpoints: Sequence[Checkpoint]) -> str:
+def _draw_time_line(recorded: Recorded, checkpoints: Sequence[StoredCheckpoint]) -> str:
     mpl = _matplotlib()
     journal = recorded.journal
     events = journal.events()
