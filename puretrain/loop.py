@@ -24,7 +24,8 @@ from torch import Tensor
 from puretrain import random
 from puretrain.data import Batches, batches
 from puretrain.errors import ConfigurationError, DataError, StructureError, check_whole
-from puretrain.metrics import accumulate, as_metric, compute_all
+from puretrain.metrics import as_metric, compute_all
+from puretrain.metrics.monoids import accumulate
 from puretrain.state import Cursor, TrainState, lease
 from puretrain.step import EvalStep, Step
 from puretrain.tree import (
