@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from puretrain.checkpoint.format import Entry, Index
+from puretrain.checkpoint.format import AGAIN, Entry, Index
 from puretrain.checkpoint.places import Location, join, parent, reading, reported, shown
 from puretrain.checkpoint.structure import Content
 from puretrain.errors import CheckpointError, ConfigurationError
@@ -143,7 +143,8 @@ class _Inflated:
         return int(self._entry.nbytes - self._left)
 
     def _damaged(self, reason: str) -> str:
-        return f"{self._name}: {path_string(self._entry.keys)} can't be decompressed: {reason}"
+        leaf = path_string(self._entry.keys)
+        return f"{self._name}: {leaf} can't be decompressed: {reason}; {AGAIN}"
 
 
 # ── Writing ───────────────────────────────────────────────────────────────────────────────────────
@@ -210,7 +211,7 @@ def open_block(file: IO[bytes], index: Index, entry: Entry, path: Location) -> I
             if length != entry.stored_nbytes:
                 raise CheckpointError(
                     f"{name} is damaged: it has {length:,} bytes, and {shown(path)} expects "
-                    f"{entry.stored_nbytes:,} for {entry.label}"
+                    f"{entry.stored_nbytes:,} for {entry.label}; {AGAIN}"
                 )
         file.seek(start)
         if not entry.coding:
@@ -231,7 +232,8 @@ def fill(file: IO[bytes], buffer: bytearray | memoryview, name: str) -> None:
         count = file.readinto(view)  # type: ignore[attr-defined]  # an unbuffered file has it
         if not count:
             raise CheckpointError(
-                f"{name}: the file ends at byte {file.tell():,}: it became shorter while being read"
+                f"{name}: the file ends at byte {file.tell():,}: it became shorter while being "
+                f"read; {AGAIN}"
             )
         view = view[count:]
 
@@ -271,5 +273,5 @@ def _check_digest(
     if found != expected:
         raise CheckpointError(
             f"{name}: {entry.label} (bytes {start:,} to {start + length:,}) is damaged: its "
-            "checksum is wrong"
+            f"checksum is wrong; {AGAIN}"
         )

@@ -33,6 +33,7 @@ from puretrain.checkpoint.blocks import (
     write_block,
 )
 from puretrain.checkpoint.format import (
+    AGAIN,
     DTYPES,
     EMPTY,
     HEADER_LENGTH,
@@ -698,7 +699,7 @@ def _check_gap(gap: bytearray | memoryview, start: int, name: str) -> None:
     if bytes(gap).strip(b"\0"):
         raise CheckpointError(
             f"{name}: the bytes {start:,} to {start + len(gap):,} between two leaves are not zero: "
-            "the file is damaged"
+            f"the file is damaged; {AGAIN}"
         )
 
 

@@ -37,6 +37,7 @@ MAX_INTEGER_LENGTH = 1 << 10
 # The first byte is no ASCII and the line ends are of both kinds, so that a transfer which changes
 # text or strips the eighth bit is found out; the byte 26 ends a text file that is typed on Windows.
 MAGIC = b"\x89PTC\r\n\x1a\n"
+AGAIN = "copy it again, or load another checkpoint"  # what to do about a damaged file
 _HEADER = struct.Struct("<8sIIQQQ16s")
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -396,11 +397,14 @@ def decode_header(content: bytes, size: int, name: str) -> Header:
         raise CheckpointError(f"{name}: {message}")
 
     if size == 0:
-        fail("the file is empty")
+        fail(f"the file is empty; {AGAIN}")
     if content[:8] != MAGIC[: len(content)]:
         fail(_foreign(content))
     if len(content) < HEADER_LENGTH:
-        fail(f"the file is truncated: it has {size} bytes, and the header alone {HEADER_LENGTH}")
+        fail(
+            f"the file is truncated: it has {size} bytes, and the header alone {HEADER_LENGTH}; "
+            f"{AGAIN}"
+        )
     fields = _HEADER.unpack_from(content)
     _, version, reserved, index_length, data_offset, file_length, index_checksum = fields
     if version != VERSION:
@@ -409,13 +413,13 @@ def decode_header(content: bytes, size: int, name: str) -> Header:
             + ("; install a newer puretrain" if version > VERSION else "")
         )
     if xxhash.xxh3_64_digest(content[: _HEADER.size]) != content[_HEADER.size :]:
-        fail(f"the header (bytes 0 to {HEADER_LENGTH}) is damaged: its checksum is wrong")
+        fail(f"the header (bytes 0 to {HEADER_LENGTH}) is damaged: its checksum is wrong; {AGAIN}")
     if size < file_length:
-        fail(f"the file is truncated: it has {size:,} bytes of {file_length:,}")
+        fail(f"the file is truncated: it has {size:,} bytes of {file_length:,}; {AGAIN}")
     if size > file_length:
         more = size - file_length
         count = "1 byte" if more == 1 else f"{more:,} bytes"
-        fail(f"the file has {count} behind its end at byte {file_length:,}")
+        fail(f"the file has {count} behind its end at byte {file_length:,}; {AGAIN}")
     index_end = HEADER_LENGTH + index_length
     if (
         reserved
@@ -426,7 +430,7 @@ def decode_header(content: bytes, size: int, name: str) -> Header:
     ):
         fail(
             f"the header is invalid: the index of {index_length:,} bytes and the data from byte "
-            f"{data_offset:,} on don't fit the format or the file of {size:,} bytes"
+            f"{data_offset:,} on don't fit the format or the file of {size:,} bytes; {AGAIN}"
         )
     return Header(index_length, data_offset, file_length, index_checksum)
 
@@ -465,9 +469,9 @@ def decode_index(content: bytes, header: Header, name: str) -> Index:
     where = f"{name}: the index (bytes {HEADER_LENGTH} to {HEADER_LENGTH + header.index_length:,})"
     content, padding = content[: header.index_length], content[header.index_length :]
     if xxhash.xxh3_128_digest(content) != header.index_checksum:
-        raise CheckpointError(f"{where} is damaged: its checksum is wrong")
+        raise CheckpointError(f"{where} is damaged: its checksum is wrong; {AGAIN}")
     if padding.strip(b"\0"):
-        raise CheckpointError(f"{where} is not followed by zeros: the file is damaged")
+        raise CheckpointError(f"{where} is not followed by zeros: the file is damaged; {AGAIN}")
     try:
         found = _unpack_index(content)
         entries = found["entries"]
@@ -478,7 +482,7 @@ def decode_index(content: bytes, header: Header, name: str) -> Index:
     except (ValueError, OverflowError, msgpack.UnpackException) as error:
         # what msgpack says of an end before its time is nothing at all
         reason = str(error) or "it ends in the middle of a value"
-        raise CheckpointError(f"{where} is invalid: {reason}") from None
+        raise CheckpointError(f"{where} is invalid: {reason}; {AGAIN}") from None
     return Index(
         VERSION,
         header.file_length,

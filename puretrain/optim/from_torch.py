@@ -35,6 +35,10 @@ from puretrain.tree import (
 __all__ = ["TorchOptimizerState", "from_torch"]
 
 _PROBE_STEPS = 3
+_REMEDY = (
+    "what it keeps must have the keys, types and shapes of its first steps; keep it so, or write "
+    "the optimizer as a pair of functions, a puretrain.optim.Optimizer"
+)
 
 _MISSING, _NONE, _VALUE = range(3)  # the forms of an optional slot
 
@@ -349,7 +353,8 @@ def _families(recipe: _Recipe, params: Any) -> list[_Family]:
         members = tuple(number[p] for p in match_paths(pattern, paths) if number[p] in free)
         if not members:
             raise OptimizerError(
-                f"the group {pattern!r} is empty: earlier patterns match all of its parameters"
+                f"the group {pattern!r} is empty: earlier patterns match all of its parameters; "
+                "name it before them, or leave it out"
             )
         free.difference_update(members)
         families.append(_Family(recipe.hyperparameters | overrides, members))
@@ -457,7 +462,8 @@ def _attach(weight: Tensor, gradient: Tensor, params: Any, index: int) -> None:
     except RuntimeError as error:
         name = path_string(tree_paths(params)[index])
         raise OptimizerError(
-            f"the gradient of {name} does not fit the parameter: {error}"
+            f"the gradient of {name} does not fit the parameter: {error}; it must have the shape, "
+            "the dtype and the device of the parameter"
         ) from None
 
 
@@ -588,7 +594,8 @@ def _initial_state(recipe: _Recipe, params: Any) -> TorchOptimizerState:
             optimizer.step()
         except Exception as error:
             raise OptimizerError(
-                f"a trial step of {recipe.name} on copies of the parameters failed: {error}"
+                f"a trial step of {recipe.name} on copies of the parameters, with gradients of "
+                f"ones, failed: {error}; its step() must work with nothing but the gradients"
             ) from error
         observed.append(_observe(recipe, optimizer, weights))
 
@@ -715,13 +722,18 @@ def _slots(
         optional = len(values) not in (0, len(observed)) or len(seen) < len(observed)
         flats = values or seen
         if any(flat.structure != flats[0].structure for flat in flats):
-            raise OptimizerError(f"{recipe.name} keeps {place}, which changes its structure")
+            raise OptimizerError(
+                f"{recipe.name} keeps {place}, which changes its structure; {_REMEDY}"
+            )
         names, kinds = [], []
         for number, path in enumerate(flats[0].paths):
             kind, zero = _common_kind(recipe, [flat.leaves[number] for flat in flats], place)
             name = ".".join(map(str, (key, *path)))
             if name in zeros:
-                raise OptimizerError(f"{recipe.name} keeps two things called {name} in {place}")
+                raise OptimizerError(
+                    f"{recipe.name} keeps two things called {name} in {place}, which would be one "
+                    "leaf of the state; give one of them another key, without a dot"
+                )
             names.append(name)
             kinds.append(kind)
             if zero is not None:
@@ -735,7 +747,8 @@ def _common_kind(recipe: _Recipe, values: list[Any], place: str) -> tuple[str, T
     if all(isinstance(value, Tensor) for value in values):
         if len({(value.shape, value.dtype, value.device) for value in values}) > 1:
             raise OptimizerError(
-                f"{recipe.name} keeps a tensor in {place} whose shape, dtype or device changes"
+                f"{recipe.name} keeps a tensor in {place} whose shape, dtype or device changes; "
+                f"{_REMEDY}"
             )
         return "Tensor", torch.zeros_like(values[0])
     if kinds == {"NoneType"}:
@@ -792,13 +805,15 @@ def _captured(
                 new.update((name, old[name]) for name in slot.names if name in old)
                 continue
         elif slot.key not in content:
-            raise OptimizerError(f"{recipe.name} removed {slot.key} from its state")
+            raise OptimizerError(f"{recipe.name} removed {slot.key} from its state; {_REMEDY}")
         if slot.structure.is_leaf():
             leaves = [value]
         else:
             leaves, structure = optree.tree_flatten(value, none_is_leaf=True)
             if structure != slot.structure:
-                raise OptimizerError(f"{recipe.name} changed the structure of {slot.key}")
+                raise OptimizerError(
+                    f"{recipe.name} changed the structure of {slot.key}; {_REMEDY}"
+                )
         for name, kind, leaf in zip(slot.names, slot.kinds, leaves, strict=True):
             if kind == "Tensor":
                 before = old[name]
@@ -809,20 +824,21 @@ def _captured(
                 ):
                     raise OptimizerError(
                         f"{recipe.name} changed {name} in its state from {_brief(before)} "
-                        f"to {_brief(leaf)}"
+                        f"to {_brief(leaf)}; {_REMEDY}"
                     )
                 new[name] = leaf
             elif kind == "NoneType":
                 if leaf is not None:
                     raise OptimizerError(
                         f"{recipe.name} changed {name} in its state from None to {_brief(leaf)}, "
-                        f"which it did not in its first {_PROBE_STEPS} steps"
+                        f"which it did not in its first {_PROBE_STEPS} steps; {_REMEDY}"
                     )
             elif type(leaf) in _NUMBERS[kind].accepts:
                 new[name] = torch.tensor(leaf, dtype=_NUMBERS[kind].dtype)
             else:
                 raise OptimizerError(
-                    f"{recipe.name} changed {name} in its state from {kind} to {_brief(leaf)}"
+                    f"{recipe.name} changed {name} in its state from {kind} to {_brief(leaf)}; "
+                    f"{_REMEDY}"
                 )
     if len(content) > len(slots) or not content.keys() <= {slot.key for slot in slots}:
         extra = sorted(content.keys() - {slot.key for slot in slots})
