@@ -29,7 +29,7 @@ from puretrain.errors import (
 from puretrain.gradients import Aux, Loss
 from puretrain.loop import Event, Reducer
 from puretrain.optim import Schedule, schedule_value
-from puretrain.reducers import memory_of
+from puretrain.reducers.monitoring import memory_of
 from puretrain.state import TrainState
 from puretrain.tree import (
     FrozenDict,
