@@ -9,11 +9,7 @@ from torch import Tensor
 
 from puretrain.errors import ConfigurationError, check_whole
 from puretrain.loop import Event, Reducer
-from puretrain.reducers.monitoring import (
-    integer,
-    memory_of,
-    remember,
-)
+from puretrain.reducers.monitoring import integer, memory_of, remember
 from puretrain.state import TrainState, reserve, unreserve
 from puretrain.tree import (
     FrozenDict,

@@ -20,9 +20,7 @@ from puretrain.reducers.monitoring import (
     remember,
 )
 from puretrain.state import TrainState
-from puretrain.tree import (
-    Record,
-)
+from puretrain.tree import Record
 
 __all__ = ["Best", "best_k"]
 

@@ -20,9 +20,7 @@ from puretrain.reducers.monitoring import (
     remember,
 )
 from puretrain.state import TrainState
-from puretrain.tree import (
-    Record,
-)
+from puretrain.tree import Record
 
 __all__ = ["Plateau", "lr_monitor", "reduce_on_plateau"]
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from puretrain.errors import ConfigurationError, check_choice
 from puretrain.loop import Event
 from puretrain.state import TrainState
-from puretrain.tree import (
-    Record,
-)
+from puretrain.tree import Record
 
 __all__ = [
     "Mode",

@@ -20,12 +20,7 @@ from puretrain.reducers.monitoring import (
     remember,
 )
 from puretrain.state import TrainState
-from puretrain.tree import (
-    Record,
-    path_string,
-    tree_leaves,
-    tree_paths,
-)
+from puretrain.tree import Record, path_string, tree_leaves, tree_paths
 
 __all__ = ["REASONS", "Stopping", "early_stopping", "nan_guard"]
 
