@@ -49,7 +49,7 @@ def _no_metrics() -> FrozenDict[Any]:
 
 
 class Aux(Record):
-    """What a loss function returns besides the loss."""
+    """What a loss function returns besides the loss: ``return loss, Aux(metrics={"acc": acc})``."""
 
     buffers: Any = None
     """The new buffers; None keeps the old ones."""

@@ -120,7 +120,23 @@ class Observer(Protocol):
 
 
 class Validation(NamedTuple):
-    """When and on what to validate during :func:`fit`."""
+    """When and on what to validate during :func:`fit`.
+
+    Example:
+        >>> import torch, puretrain as pt
+        >>> optimizer = pt.optim.sgd(lr=1.0)
+        >>> step = pt.train_step(lambda params, buffers, batch, key: params["w"] * batch, optimizer)
+        >>> test = pt.eval_step(lambda params, buffers, batch, key: {"w": params["w"] * batch})
+        >>> state = pt.TrainState.create(
+        ...     {"w": torch.tensor(0.0)}, None, optimizer, key=pt.random.key(0))
+        >>> def show(state, event):
+        ...     if event.kind == "validation":
+        ...         print(event.step, float(event.metrics["val/w"]))
+        >>> _ = pt.fit(state, step, [torch.tensor(-1.0)] * 4, epochs=1, observers=[show],
+        ...            validation=Validation(test, [torch.tensor(1.0)], every=2))
+        2 2.0
+        4 4.0
+    """
 
     step: EvalStep
     """From a state and a batch to metrics; made by :func:`puretrain.eval_step`."""

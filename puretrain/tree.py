@@ -420,7 +420,11 @@ def tree_flatten_up_to(structure: optree.PyTreeSpec, tree: Any) -> list[Any]:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree, in the order of its fields and keys."""
+    """The leaves of a tree, in the order of its fields and keys.
+
+    >>> tree_leaves({"b": 2, "a": [0, 1]})
+    [0, 1, 2]
+    """
     return optree.tree_leaves(tree, namespace="puretrain")
 
 
@@ -444,7 +448,11 @@ def tree_map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
 
 
 def tree_map_with_path(function: Callable[..., Any], tree: T) -> T:
-    """Apply ``function(path, leaf)`` to every leaf; ``path`` is a tuple, see :data:`Path`."""
+    """Apply ``function(path, leaf)`` to every leaf; ``path`` is a tuple, see :data:`Path`.
+
+    >>> tree_map_with_path(lambda path, leaf: f"{path_string(path)}={leaf}", {"a": [0, 1]})
+    {'a': ['a/0=0', 'a/1=1']}
+    """
     leaves, structure = tree_flatten(tree)
     return cast(T, tree_unflatten(structure, map(function, tree_paths(tree), leaves)))
 
@@ -459,7 +467,11 @@ def tree_paths(tree: Any) -> list[Path]:
 
 
 def path_string(path: Path) -> str:
-    """Write a path with slashes: ``params/encoder.0.weight``. The root is ``.``."""
+    """Write a path with slashes. The root is ``.``.
+
+    >>> path_string(("params", "encoder.0.weight")), path_string(())
+    ('params/encoder.0.weight', '.')
+    """
     return "/".join(map(str, path)) or "."
 
 
@@ -477,7 +489,12 @@ def tree_size(tree: Any) -> tuple[int, int]:
 
 
 def tree_cast(tree: T, dtype: torch.dtype) -> T:
-    """Convert every floating-point tensor of a tree to ``dtype``; other leaves stay as they are."""
+    """Convert every floating-point tensor of a tree to ``dtype``; other leaves stay as they are.
+
+    >>> cast_down = tree_cast({"w": torch.ones(2), "n": torch.tensor(1)}, torch.bfloat16)
+    >>> cast_down["w"].dtype, cast_down["n"].dtype
+    (torch.bfloat16, torch.int64)
+    """
     return tree_map(
         lambda leaf: (
             leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -512,6 +529,9 @@ def tree_unstack(tree: T) -> list[T]:
 
     Raises:
         StructureError: the leaves' first dimensions differ, or a leaf has none.
+
+    >>> tree_unstack({"w": torch.tensor([[1, 2], [3, 4]])})
+    [{'w': tensor([1, 2])}, {'w': tensor([3, 4])}]
     """
     sizes = {
         path_string(path): leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None
@@ -523,7 +543,11 @@ def tree_unstack(tree: T) -> list[T]:
 
 
 def tree_index(tree: T, index: Any) -> T:
-    """Index the first dimension of every leaf: a member of an ensemble, or a gather of several."""
+    """Index the first dimension of every leaf: a member of an ensemble, or a gather of several.
+
+    >>> tree_index({"w": torch.tensor([[1, 2], [3, 4]])}, 1)
+    {'w': tensor([3, 4])}
+    """
     return tree_map(lambda leaf: leaf[index], tree)
 
 

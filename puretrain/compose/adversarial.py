@@ -69,6 +69,9 @@ def pgd(
         random_start: begin at a random place within reach, which the step must be able to draw.
         clean: as for :func:`fgsm`.
         limits: as for :func:`fgsm`.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
     """
     check_between("pgd", "epsilon", epsilon, 0.0, math.inf)
     check_between("pgd", "step_size", step_size, 0.0, math.inf)

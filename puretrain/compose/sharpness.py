@@ -33,6 +33,9 @@ def sam(loss: Loss, rho: float = 0.05) -> Loss:
         loss: the loss.
         rho: ρ, 0 or more.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     Example:
         >>> import puretrain as pt
         >>> sharp = sam(lambda params, buffers, batch, key: params["w"] ** 2, rho=0.5)

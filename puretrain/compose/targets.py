@@ -33,6 +33,9 @@ def label_smoothing(loss: Loss, amount: float = 0.1, *, classes: int) -> Loss:
     Returns:
         The loss; its targets may be class numbers, or probabilities.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     Example:
         >>> import puretrain as pt
         >>> smooth = label_smoothing(lambda params, buffers, batch, key: batch[1], 0.2, classes=2)
@@ -70,6 +73,9 @@ def mixup(loss: Loss, alpha: float = 0.2, *, classes: int | None = None) -> Loss
     Returns:
         The loss. It raises a LossError if the targets are whole numbers and ``classes`` is missing,
         or if the step draws nothing (``draws=False``).
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
 
     Example:
         >>> import puretrain as pt

@@ -70,6 +70,9 @@ def distillation(
     Returns:
         The loss. Its buffers are those of :func:`with_teacher`; ``distillation`` is a metric.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     Example:
         >>> import puretrain as pt
         >>> def logits(params, buffers, batch):
@@ -108,6 +111,9 @@ def ema_teacher(step: Step, decay: float = 0.99) -> Step:
     Args:
         step: a step of a loss with a teacher (:func:`distillation`), of a model of the same kind.
         decay: how much of the teacher stays, from 0 to 1.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
     """
     check_between("ema_teacher", "decay", decay, 0.0, 1.0)
 

@@ -167,6 +167,14 @@ def member(state: EnsembleState, index: int) -> TrainState:
 
     Raises:
         StructureError: the state is none of an ensemble, or has no such member.
+
+    Example:
+        >>> import torch, puretrain as pt
+        >>> states = pt.ensemble(
+        ...     lambda key: pt.TrainState.create({"w": torch.zeros(3)}, key=key),
+        ...     pt.random.split(pt.random.key(0), 4))
+        >>> states.params["w"].shape, member(states, -1).params["w"].shape
+        (torch.Size([4, 3]), torch.Size([3]))
     """
     count = members_of(state)
     if not -count <= index < count:

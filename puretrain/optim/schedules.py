@@ -72,6 +72,9 @@ def linear(start: float | Tensor, final: float | Tensor, steps: int) -> Schedule
         final: the value from ``n = steps`` on.
         steps: the number of updates between the two, at least 1.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     >>> schedule = linear(0.0, 1.0, 4)
     >>> [schedule(n) for n in range(6)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
@@ -93,6 +96,9 @@ def cosine(value: float | Tensor, steps: int, *, final: float | Tensor = 0.0) ->
         value: the value at ``n = 0``.
         steps: the number of updates until ``final`` is reached, at least 1.
         final: the value from ``n = steps`` on.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
 
     >>> schedule = cosine(1.0, 100)
     >>> schedule(0), round(schedule(50), 9), schedule(100), schedule(500)
@@ -120,6 +126,9 @@ def cosine_restarts(
         period: the number of updates in the first period (torch's ``T_0``), at least 1.
         multiplier: each period is so many times as long as the last (torch's ``T_mult``).
         final: the value that a period approaches; it restarts before reaching it.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
 
     >>> schedule = cosine_restarts(1.0, 2, multiplier=2)
     >>> [round(schedule(n), 3) for n in range(7)]
@@ -162,6 +171,9 @@ def warmup_cosine(
         steps: the number of updates until ``final`` is reached, those of the warm-up included.
         start: the value at ``n = 0``.
         final: the value from ``n = steps`` on.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
 
     >>> schedule = warmup_cosine(1.0, 10, 110)
     >>> schedule(0), schedule(5), schedule(10), round(schedule(60), 9), schedule(110)
@@ -240,6 +252,9 @@ def polynomial(
         power: the exponent, positive; 1 is a straight line.
         final: the value from ``n = steps`` on.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     >>> schedule = polynomial(1.0, 10, power=2.0)
     >>> schedule(0), schedule(5), schedule(10)
     (1.0, 0.25, 0.0)
@@ -283,6 +298,9 @@ def one_cycle(
         three_phase: descend to the value of the start as fast as it was climbed, and only then to
             the last value. ``pct_start`` is at most 0.5 then.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     >>> schedule = one_cycle(1.0, 101, pct_start=0.5, anneal="linear")
     >>> schedule(0), round(schedule(50), 2), round(schedule(100), 9)
     (0.04, 0.99, 4e-06)
@@ -320,6 +338,9 @@ def piecewise(
         interpolate: how to go from one point to the next: None jumps, ``"linear"`` draws a straight
             line, ``"cosine"`` half a period of a cosine. After the last point its value stays.
 
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
     ``torch.optim.lr_scheduler.ConstantLR`` is ``piecewise({0: lr * factor, total_iters: lr})``. The
     momentum of ``OneCycleLR`` is ``piecewise({0: high, top: low, steps - 1: high},
     interpolate="cosine")`` with ``top = pct_start * steps - 1``.
@@ -356,6 +377,9 @@ def join(schedules: Sequence[Schedule], milestones: Sequence[int]) -> Schedule:
     Args:
         schedules: at least one.
         milestones: the update at which the second, third, … schedule begins, in increasing order.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
 
     >>> schedule = join([linear(0.0, 1.0, 10), exponential(1.0, 0.5)], [10])
     >>> schedule(5), schedule(10), schedule(12)
@@ -402,6 +426,9 @@ def warmup(schedule: Schedule, steps: int, *, start: float | Tensor = 0.0) -> Sc
         schedule: any schedule.
         steps: the number of updates in front of it; 0 for none.
         start: the value at ``n = 0``.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
 
     >>> warm = warmup(step(1.0, 30), 10)
     >>> warm(0), warm(5), warm(10), warm(39), warm(40)

@@ -175,6 +175,16 @@ def averaged(state: S, name: str = "ema") -> S:
 
     Raises:
         ConfigurationError: the state has no such average, or nothing was averaged yet.
+
+    Example:
+        >>> import torch, puretrain as pt
+        >>> optimizer = pt.optim.sgd(lr=1.0)
+        >>> step = pt.train_step(lambda params, buffers, batch, key: params["w"] * batch, optimizer)
+        >>> state = pt.TrainState.create(
+        ...     {"w": torch.tensor(0.0)}, None, optimizer, key=pt.random.key(0))
+        >>> state = pt.fit(state, step, [torch.tensor(-1.0)] * 2, epochs=1, reducers=[ema(0.5)])
+        >>> state.params["w"], averaged(state).params["w"]  # 0.5 * (0.5 * 0 + 0.5 * 1) + 0.5 * 2
+        (tensor(2.), tensor(1.2500))
     """
     memory = state.reducers.get(name)
     fields = dict(memory) if isinstance(memory, FrozenDict) else vars(memory or FrozenDict)

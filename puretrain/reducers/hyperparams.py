@@ -147,6 +147,16 @@ def lr_monitor(*, every: int = 1) -> Reducer:
     Raises:
         ConfigurationError: the optimizer's state holds none; make the optimizer with
             :func:`puretrain.optim.inject_hyperparams`.
+
+    Example:
+        >>> import torch, puretrain as pt
+        >>> optimizer = pt.optim.inject_hyperparams(pt.optim.sgd)(lr=pt.optim.linear(1.0, 0.0, 4))
+        >>> step = pt.train_step(lambda params, buffers, batch, key: params["w"] * batch, optimizer)
+        >>> state = pt.TrainState.create(
+        ...     {"w": torch.tensor(0.0)}, None, optimizer, key=pt.random.key(0))
+        >>> state = pt.fit(state, step, [torch.tensor(1.0)] * 2, epochs=1, reducers=[lr_monitor()])
+        >>> round(float(state.metrics["lr"]), 6)  # of the second update
+        0.75
     """
     every = check_whole("lr_monitor: every", every)
 

@@ -148,6 +148,17 @@ def nan_guard(
     Raises:
         ConfigurationError: an argument has no such value.
         NonFiniteError: (in the loop) with the number of the step and the name of the leaf.
+
+    Example:
+        >>> import torch, puretrain as pt
+        >>> optimizer = pt.optim.sgd(lr=1.0)
+        >>> step = pt.train_step(lambda params, buffers, batch, key: params["w"] * batch, optimizer)
+        >>> state = pt.TrainState.create(
+        ...     {"w": torch.tensor(1.0)}, None, optimizer, key=pt.random.key(0))
+        >>> batches = [torch.tensor(x) for x in (1.0, float("nan"), 1.0)]
+        >>> end = pt.fit(state, step, batches, epochs=1, reducers=[nan_guard(action="stop")])
+        >>> end.step
+        tensor(2)
     """
     check_choice("what", what, ("loss", "params"))
     check_choice("action", action, ("raise", "stop"))
