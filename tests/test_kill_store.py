@@ -36,7 +36,7 @@ def make_run(directory, heartbeat):
     saving = pt.checkpoints(
         directory or "nowhere", every=2, keep=2, asynchronous=True, when_busy="skip", share=True
     )
-    return run._replace(
+    return run.replace(
         state=run.state.replace(buffers=buffers),
         step=with_frozen(run.step),
         observers=[saving, heartbeat] if directory else [],
