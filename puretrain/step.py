@@ -10,6 +10,7 @@ from torch import Tensor
 
 from puretrain import random
 from puretrain.errors import (
+    LossError,
     NonFiniteError,
     OptimizerError,
     StructureError,
@@ -86,7 +87,7 @@ class EvalStep(Protocol):
 class Recipe(NamedTuple):
     """The arguments of :func:`train_step`, which a step has as ``step.recipe``.
 
-    ``step.recipe._replace(accumulate=4).step()`` is the same step, but for one of them.
+    ``step.recipe.replace(accumulate=4).step()`` is the same step, but for one of them.
     """
 
     loss: Loss
@@ -96,6 +97,16 @@ class Recipe(NamedTuple):
     nonfinite: NonFinite = "propagate"
     draws: bool = True
     across: Across | None = None
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The same with some arguments changed.
+
+        Raises:
+            ConfigurationError: there is no such argument.
+        """
+        for name in changes:
+            check_choice("an argument of train_step", name, self._fields)
+        return self._replace(**changes)
 
     def step(self) -> Step:
         """Make the step."""
@@ -160,8 +171,8 @@ def train_step(
     Raises:
         ConfigurationError: an argument has no such value.
         DonatedStateError: (the step) the state was donated before.
-        LossError: (the step) the loss is no scalar tensor, no parameter takes part in it, or the
-            function has changed one of its arguments in place.
+        LossError: ``loss`` is no function; (the step) it returns no scalar tensor, no parameter
+            takes part in that, or it has changed one of its arguments in place.
         NonFiniteError: (the step) as ``nonfinite='raise'`` says.
         OptimizerError: (the step) the optimizer does not fit the state.
         StructureError: (the step) a parameter can't be differentiated, or has the wrong precision.
@@ -180,6 +191,10 @@ def train_step(
         >>> state.params["w"], state.metrics["loss"]
         (tensor([0.5000, 1.0000]), tensor(2.5000))
     """
+    if not callable(loss):
+        raise LossError(
+            f"loss is a function loss(params, buffers, batch, key), not {describe(loss)}"
+        )
     accumulate = check_whole("accumulate", accumulate)
     check_choice("precision", precision, ("32", "64", "bf16", "16"))
     check_choice("nonfinite", nonfinite, ("propagate", "raise", "skip"))

@@ -42,7 +42,7 @@ def run(directory="runs/a", lr=1e-2, spoilt=-1):
 
 def by_hand(mesh, directory="runs/hand"):
     made = run(directory)
-    recipe = made.step.recipe._replace(across=pt.sharding.elastic(mesh, 4))
+    recipe = made.step.recipe.replace(across=pt.sharding.elastic(mesh, 4))
     batches = pt.sharding.divide(made.batches, mesh, logical_shards=4)
     observers = [pt.journal(directory, every=4), pt.checkpoints(directory, every=4)]
     return made._replace(step=recipe.step(), batches=batches, observers=observers)

@@ -908,6 +908,19 @@ def test_bad_arguments_of_train_step(options, error, message):
         train_step(linear_loss, arguments.pop("optimizer"), **arguments)
 
 
+def test_a_loss_that_is_no_function():
+    with pytest.raises(LossError, match="loss is a function .* not an object of type int"):
+        train_step(3, pt.optim.sgd(0.1))
+
+
+def test_a_recipe_makes_the_same_step_but_for_one_argument():
+    recipe = train_step(linear_loss, pt.optim.sgd(0.1)).recipe.replace(accumulate=4)
+    assert recipe.step().recipe == recipe
+    assert (recipe.loss, recipe.accumulate) == (linear_loss, 4)
+    with pytest.raises(ConfigurationError, match="an argument of train_step is one of 'loss'"):
+        recipe.replace(accumulation=4)
+
+
 def test_bad_precision_of_eval_step():
     with pytest.raises(ConfigurationError, match="precision is one of"):
         pt.eval_step(lambda p, b, x, key: {}, precision="8")

@@ -108,7 +108,7 @@ def _step(step: Step, mesh: DeviceMesh, logical_shards: int | None) -> Step:
             f"several processes: {advice}, and wrap that"
         )
     across = ddp(mesh) if logical_shards is None else elastic(mesh, logical_shards)
-    made: Step = recipe._replace(across=across).step()
+    made: Step = recipe.replace(across=across).step()
     return made
 
 
