@@ -21,13 +21,13 @@ from puretrain.metrics import (
     Std,
     Sum,
     Variance,
-    accumulate,
     as_metric,
     compute_all,
     functional,
     merge_all,
     merge_trees,
 )
+from puretrain.metrics.monoids import accumulate
 from puretrain.tree import FrozenDict, Record, tree_equal, tree_leaves, tree_map
 
 CLASSES = 4

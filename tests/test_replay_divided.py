@@ -1,11 +1,11 @@
 """Replay and bisection of runs whose batches several processes have divided."""
 
 import json
-import sys
 
+import forking
 import pytest
 import torch
-from processes import finished, shared
+from processes import shared
 
 import puretrain as pt
 from puretrain.errors import ConfigurationError
@@ -56,7 +56,7 @@ RUNS = {
 
 
 def command(place, *words, status=0):
-    done = finished([sys.executable, "-m", "puretrain", *words], 120, cwd=place)
+    done = forking.run("-m", "puretrain", *words, cwd=place)
     assert done.returncode == status, done.stderr + done.stdout
     return done
 
