@@ -5,8 +5,8 @@
 
 The compiled step is made by puretrain.compiled and called as `fit` calls it, with donate=True.
 Where jax and optax are installed, the two multilayer perceptrons are also trained with them, jitted
-and with donated buffers; with --threads 1, XLA is held to one thread, too. Each row runs in rounds
-that alternate; see interleaved.py.
+and with donated buffers. With --threads 1 all are held to one core, since XLA computes in more
+threads than it is told to. Each row runs in rounds that alternate; see interleaved.py.
 """
 
 import argparse
@@ -237,7 +237,11 @@ def main():
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.threads == 1:  # read when jax is imported
+    if options.threads == 1:
+        # XLA has threads of its own beside those that it can be told about; so all get one core.
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        # read when jax is imported
         flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     with_jax = all(importlib.util.find_spec(name) for name in ("jax", "optax"))

@@ -6,10 +6,15 @@
     python benchmarks/table.py --only step --only import
     python benchmarks/table.py --json table.json --chart table.svg
     python benchmarks/table.py --from table.json --chart table.svg    # measures nothing
+    python benchmarks/table.py --from table.json --page page.md       # renews the tables of a page
 
 Each script of this folder runs as a process of its own, one after the other, with --json. A row is
 the median ratio of two contenders of the same script, round by round, and the quartiles of these
-ratios. Peers that are not installed leave their rows empty, and the table says which.
+ratios. Peers that are not installed leave their rows empty, and the table says which. The JSON file
+has all other contenders of the scripts as well, and is written anew after each script.
+
+In a page, what stands between the lines ``<!-- measured: NAME -->`` and ``<!-- end -->`` is a table
+made of the JSON file: of the rows if NAME is ``rows``, or else of a script, as SCRIPTS names it.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -61,19 +67,16 @@ class Row:
 
 SCRIPTS = {
     "import": Script("imports.py", quick="--rounds 3"),
-    "step": Script(
-        "step.py",
-        full="--threads 1 --only step --only fit --only tiny",
-        quick="--threads 1 --only step --only fit --only tiny --rounds 3",
-    ),
+    "step": Script("step.py", full="--threads 1", quick="--threads 1 --rounds 3"),
     "compiled": Script(
-        "compiled.py", full="--threads 1 --only MLP", quick="--threads 1 --only MLP --rounds 3"
+        "compiled.py", full="--threads 1", quick="--threads 1 --only MLP --rounds 3"
     ),
     "ensemble": Script(
         "ensemble.py",
-        full="--threads 1 --only 16 --way ensemble_step",
-        quick="--threads 1 --only 16 --way ensemble_step --rounds 3",
+        full="--threads 1 --only 16 --only dropout",
+        quick="--threads 1 --only 16 --rounds 3",
     ),
+    "scan": Script("scan.py", full="--threads 1", quick="--threads 1 --rounds 2"),
     "checkpoint": Script("checkpoint.py", quick="--size 40 --rounds 3"),
     "async": Script("async_checkpoint.py", quick="--megabytes 40 --saves 4", rounds="--saves"),
     "lightning": Script("lightning.py", quick="--rounds 2", needs=("pytorch_lightning",)),
@@ -81,7 +84,7 @@ SCRIPTS = {
     "journal": Script("journal.py", full="--threads 1", quick="--threads 1 --rounds 2"),
     "per_example": Script(
         "per_example.py",
-        full="--threads 1 --only mlp",
+        full="--threads 1",
         quick="--threads 1 --only mlp --rounds 3",
     ),
 }
@@ -134,14 +137,20 @@ ROWS = (
         )
         for name, title in (("MLP", MLP), ("tiny", TINY))
     ),
-    Row(
-        "ensemble",
-        "16 tiny models in one step",
-        "16 torch loops",
-        0.33,
-        ("MLP 32-64-10, batch 32, 16",),
-        "ensemble_step",
-        "16 torch loops",
+    *(
+        Row(
+            "ensemble",
+            what,
+            "16 torch loops",
+            0.33,
+            ("MLP 32-64-10, batch 32, 16",),
+            contender,
+            "16 torch loops",
+        )
+        for what, contender in (
+            ("16 tiny models in one step", "ensemble_step"),
+            ("the same, compiled", "ensemble_step, compiled"),
+        )
     ),
     *(
         Row(
@@ -260,6 +269,24 @@ def row_of(row, results):
     }
 
 
+def details_of(results, title=""):
+    """All comparisons in the results of a script, by their titles, without the single rounds."""
+    found = {}
+    for name, report in results.items():
+        if not isinstance(report, dict):
+            continue
+        rows = {key: row for key, row in report.items() if isinstance(row, dict) and "ratio" in row}
+        if rows:
+            kept = ("ratio", "quartiles", "seconds", "bytes")
+            found[title or name] = {
+                key: {field: row[field] for field in kept if row.get(field) is not None}
+                for key, row in rows.items()
+            }
+        else:  # the comparisons are one storey below
+            found |= details_of(report, name if "rows" in report else "")
+    return found
+
+
 def run(script, *, quick, rounds=None):
     """Run a script; returns its results, or None and why there are none."""
     absent = missing(script.needs)
@@ -282,9 +309,19 @@ def run(script, *, quick, rounds=None):
     return None, f"failed with exit status {done.returncode}: {last}"
 
 
-def measure(names, *, quick, say, rounds=None):
-    """Run scripts one after the other, and make what the JSON file holds."""
-    lines, notes = [], []
+def measure(names, *, quick, say, rounds=None, keep=lambda found: None):
+    """Run scripts one after the other, and make what the JSON file holds; keep it after each."""
+    found = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine() | {"load": list(os.getloadavg()) if os.name == "posix" else None},
+        "versions": versions(),
+        "quick": quick,
+        "rows": [],
+        "notes": [],
+        "details": {},
+    }
+    lines, notes = found["rows"], found["notes"]
+    order = [(row.what, row.against) for row in ROWS]
     for name in names:
         begin = time.perf_counter()
         say(f"{SCRIPTS[name].file} …", end=" ")
@@ -297,16 +334,10 @@ def measure(names, *, quick, say, rounds=None):
         if results is not None:
             absent = {need for row in mine for need in missing(row.needs)}
             notes += [f"{SCRIPTS[name].file}: not installed: {need}" for need in sorted(absent)]
-    order = [(row.what, row.against) for row in ROWS]
-    lines.sort(key=lambda line: order.index((line["what"], line["against"])))
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine() | {"load": list(os.getloadavg()) if os.name == "posix" else None},
-        "versions": versions(),
-        "quick": quick,
-        "rows": lines,
-        "notes": notes,
-    }
+            found["details"][name] = details_of(results)
+        lines.sort(key=lambda line: order.index((line["what"], line["against"])))
+        keep(found)
+    return found
 
 
 def number(value):
@@ -367,6 +398,47 @@ def markdown(found):
     return "\n".join(lines) + "\n"
 
 
+def tables(comparisons):
+    """The comparisons of a script for a page, a table for each."""
+    found = []
+    for title, report in comparisons.items():
+        columns = ["ratio"]
+        columns += ["time"] if any("seconds" in row for row in report.values()) else []
+        columns += ["MB"] if any("bytes" in row for row in report.values()) else []
+        lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for number_of_row, (name, row) in enumerate(report.items()):
+            low, high = map(number, row["quartiles"])
+            ratio = f"{number(row['ratio'])}x [{low}, {high}]" if number_of_row else "1"
+            cells = {
+                "ratio": ratio,
+                "time": duration(row["seconds"]) if "seconds" in row else "",
+                "MB": f"{row['bytes'] / 1e6:.2f}" if "bytes" in row else "",
+            }
+            lines.append(f"| {name} | {' | '.join(cells[column] for column in columns)} |")
+        found.append("\n".join(lines) + "\n")
+    return "\n".join(found)
+
+
+def duration(seconds):
+    """Seconds in a unit that leaves three digits before or behind the point."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def renewed(page, found):
+    """A page with the tables of what was measured in the place of those that it has."""
+
+    def table(match):
+        name = match["name"]
+        text = markdown(found) if name == "rows" else tables(found["details"].get(name, {}))
+        return f"{match['begin']}\n{text}\n{match['end']}"
+
+    marks = r"(?P<begin><!-- measured: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)"
+    return re.sub(marks, table, page, flags=re.DOTALL)
+
+
 def draw(found, path):
     """The ratios as bars to both sides of 1, with the quartiles, and the aims as marks."""
     import matplotlib as mpl
@@ -406,6 +478,13 @@ def draw(found, path):
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
+def keep(found, path):
+    """Write what was measured to a file, if it is wanted."""
+    if path:
+        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds and small files")
@@ -414,6 +493,9 @@ def main(arguments=None):
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     parser.add_argument("--chart", metavar="FILE", help="draw the ratios there (.svg, .png)")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
+    parser.add_argument(
+        "--page", metavar="FILE", action="append", default=[], help="renew its tables"
+    )
     parser.add_argument("--from", dest="source", metavar="FILE", help="show an earlier --json")
     options = parser.parse_args(arguments)
     console = Console(width=WIDTH, highlight=False)
@@ -424,13 +506,19 @@ def main(arguments=None):
     else:
         names = options.only or list(SCRIPTS)
         rounds = max(options.rounds, 3) if options.rounds else None
-        found = measure(names, quick=options.quick, rounds=rounds, say=console.print)
+        found = measure(
+            names,
+            quick=options.quick,
+            rounds=rounds,
+            say=console.print,
+            keep=lambda found: keep(found, options.json),
+        )
     show(found, console)
-    if options.json:
-        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-        pathlib.Path(options.json).write_text(text, encoding="utf-8")
+    keep(found, options.json)
     if options.markdown:
         pathlib.Path(options.markdown).write_text(markdown(found), encoding="utf-8")
+    for page in map(pathlib.Path, options.page):
+        page.write_text(renewed(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     if options.chart:
         draw(found, options.chart)
     return 1 if any("failed" in note for note in found["notes"]) else 0

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import runpy
 import sys
 import xml.etree.ElementTree as ET
@@ -38,6 +39,14 @@ STEP = {
 }
 
 
+DETAILS = {
+    "MLP, batch 128": {
+        "torch": {"ratio": 1.0, "quartiles": [1.0, 1.0], "seconds": 0.00406},
+        "ours": {"ratio": 1.02, "quartiles": [1.01, 1.031], "seconds": 4.2e-05, "bytes": 1.5e6},
+    }
+}
+
+
 def stored(**changes):
     """What a run has written: a row that reached its aim, one that did not, and one of nobody."""
     line = {
@@ -60,6 +69,7 @@ def stored(**changes):
         "quick": True,
         "rows": [line, missed, absent],
         "notes": ["checkpoint.py: not installed: orbax.checkpoint"],
+        "details": {"step": DETAILS},
         **changes,
     }
 
@@ -88,7 +98,7 @@ def test_a_row_without_its_peer_is_empty(table, results):
 
 
 def test_each_row_names_a_script_that_is_there_and_is_one_of_a_kind(table):
-    assert {row.script for row in table.ROWS} == set(table.SCRIPTS)
+    assert {row.script for row in table.ROWS} <= set(table.SCRIPTS)
     assert all((BENCHMARKS / script.file).is_file() for script in table.SCRIPTS.values())
     assert len({(row.what, row.against) for row in table.ROWS}) == len(table.ROWS)
 
@@ -108,10 +118,45 @@ def test_a_stored_run_is_shown_in_80_columns(table, tmp_path, capsys):
     assert "jax" not in text  # it is not installed, so there is no version of it to tell
 
 
-def test_the_page_quotes_what_was_measured(table):
+def test_the_pages_quote_what_was_measured(table):
     found = json.loads((BENCHMARKS / "measured.json").read_text(encoding="utf-8"))
-    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert table.markdown(found) in page
+    marked = set()
+    for path in (BENCHMARKS.parent / "docs").glob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        assert table.renewed(page, found) == page, path.name
+        marked |= set(re.findall(r"<!-- measured: (\w+) -->", page))
+    only_rows = {"import", "async", "lightning"}
+    assert marked == {"rows", *table.SCRIPTS} - only_rows
+
+
+def test_a_page_gets_the_tables_of_what_was_measured(table, tmp_path, capsys):
+    path, page = tmp_path / "found.json", tmp_path / "page.md"
+    path.write_text(json.dumps(stored()))
+    page.write_text("# A\n\n<!-- measured: step -->\nold\n<!-- end -->\n\nB\n")
+    for _ in range(2):  # to renew it again changes nothing
+        table.main(["--from", str(path), "--page", str(page)])
+        assert page.read_text() == (
+            "# A\n\n<!-- measured: step -->\n\n"
+            "| MLP, batch 128 | ratio | time | MB |\n|---|---|---|---|\n"
+            "| torch | 1 | 4.06 ms |  |\n| ours | 1.02x [1.01, 1.03] | 42 µs | 1.50 |\n"
+            "\n<!-- end -->\n\nB\n"
+        )
+
+
+def test_comparisons_are_found_on_each_storey(table):
+    step = {"ratio": 1.0, "quartiles": [1.0, 1.0], "seconds": 2.0, "rounds": [2.0]}
+    bare = {"ratio": 1.0, "quartiles": [1.0, 1.0], "seconds": 2.0}
+    results = {
+        "a": {"x": step, "compilation": {"graphs": 1}},
+        "facts": {"cores": 2},
+        "tasks": {"b": {"rows": {"y": step | {"bytes": None}}, "parameters": 3}},
+    }
+    assert table.details_of(results) == {"a": {"x": bare}, "b": {"y": bare}}
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4e-6, "4 µs")])
+def test_a_duration_has_a_fitting_unit(table, seconds, text):
+    assert table.duration(seconds) == text
 
 
 def test_only_takes_some_rows_of_a_stored_run(table, tmp_path, capsys):
@@ -165,7 +210,20 @@ def test_what_a_script_measured_is_collected(table, monkeypatch, tmp_path):
     assert found["notes"] == []
     ratios = {line["what"]: line["ratio"] for line in found["rows"]}
     assert ratios == {"step, MLP": 1.0, "step, tiny": None, "fit, progress, TensorBoard, ema": None}
-    assert set(found) == {"date", "machine", "versions", "quick", "rows", "notes"}
+    assert set(found) == {"date", "machine", "versions", "quick", "rows", "notes", "details"}
+
+
+def test_what_was_measured_is_kept_after_each_script(table, monkeypatch):
+    monkeypatch.setitem(table.SCRIPTS, "step", table.Script("nothing.py", needs=("nobody.has",)))
+    monkeypatch.setitem(table.SCRIPTS, "scan", table.Script("nothing.py", needs=("nobody.has",)))
+    kept = []
+    table.measure(
+        ["step", "scan"],
+        quick=True,
+        say=lambda *_, **__: None,
+        keep=lambda found: kept.append(len(found["notes"])),
+    )
+    assert kept == [1, 2]
 
 
 def test_a_script_without_its_peer_is_not_started(table, monkeypatch):
