@@ -143,10 +143,6 @@ class Arrays:
     def read(self, plan: Plan, epoch: int, offset: int, state: Tensor) -> Iterator[Piece]:
         """Yield the batches of an epoch from a sample on."""
         cut_out = self._cutter(plan.order(epoch, self.length))
-        if plan.share is None:  # the usual case, and quicker
-            for start, stop in plan.spans(offset, self.length):
-                yield Piece(cut_out(start, stop), stop - start, NO_STATE)
-            return
         fetched = (cut_out(*span) for span in plan.divided(plan.spans(offset, self.length)))
         for start, stop in plan.spans(offset, self.length):
             yield Piece(plan.gather(fetched, stop - start), stop - start, NO_STATE)
