@@ -203,7 +203,7 @@ def compiled(
         bare = Record.replace(state)  # without what is noted beside its fields
         begin = time.perf_counter()
         try:
-            with random.scope(_seed(state)), torch.no_grad():
+            with _drawing(state), torch.no_grad():
                 new = graph(step, bare, batch)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise TransformError(
@@ -301,10 +301,11 @@ def _can_change(guards: Sequence[Any]) -> list[bool]:
     return [not _CONSTANT.match(getattr(guard, "name", "")) for guard in guards]
 
 
-def _seed(state: TrainState) -> Any:
+def _drawing(state: TrainState) -> random.scope:
+    """The scope in which a step draws."""
     if state.key.dim() == 1:
-        return random.step_key(state.key, int(state.step))
-    return random.fold_in(state.key, state.step)  # of several members
+        return random.step_scope(state.key, int(state.step))
+    return random.scope(random.fold_in(state.key, state.step))  # of several members
 
 
 def _backend(backend: Any, mode: str | None, options: Mapping[str, Any] | None) -> Any:

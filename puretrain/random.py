@@ -81,31 +81,22 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     return torch.stack(words, dim=-1)
 
 
-def step_key(key: Tensor, step: int) -> Tensor:
-    """The same as ``fold_in(key, step)``, for one step after the other of a run.
-
-    It computes the keys of some steps together and remembers them, which makes each cheaper.
-    """
-    return _step_key(key, step)[0]
-
-
 def step_scope(key: Tensor, step: int) -> scope:
-    """The same as ``scope(step_key(key, step))``, without making a seed of the key each time."""
-    return scope(*_step_key(key, step))
+    """The same as ``scope(fold_in(key, step))``, for one step after the other of a run.
 
-
-def _step_key(key: Tensor, step: int) -> tuple[Tensor, int]:
-    """The key of a step, and the seed that it makes."""
+    It computes the keys of some steps and their seeds together and remembers them, which makes each
+    cheaper.
+    """
     high, low = key.tolist()
     found, seed = _block(high, low, step // _BLOCK)[step % _BLOCK]
     # A loss that changes its key in place must not change that of a later run of the same step.
-    return (found if found._version == 0 else fold_in(key, step)), seed
+    return scope(found if found._version == 0 else fold_in(key, step), seed)
 
 
 def member_step_keys(keys: Tensor, step: int) -> Tensor:
     """The same as ``fold_in(keys, step)`` for the keys of an ensemble, int64 of shape ``(N, 2)``.
 
-    As :func:`step_key` it computes the keys of some steps together, and remembers them.
+    As :func:`step_scope` it computes the keys of some steps together, and remembers them.
     """
     words = tuple(keys.reshape(-1).tolist())
     found = _member_block(words, step // _BLOCK)[step % _BLOCK]
