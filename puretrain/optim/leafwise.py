@@ -383,7 +383,7 @@ def _put_together(method: _Method, split: _Split, state: Any, params: Any) -> tu
         names = params._items
         new_params: Any = frozen_dict(names, leaves)
         trees: list[Any] = [frozen_dict(names, column) for column in columns]
-        kinds = [(x.shape, x.dtype) for x in leaves]
+        kinds = [*map(_traits, leaves)]
         split = split._replace(params=[weakref.ref(new_params)], kinds=kinds)
     else:
         structure = tree_structure(params)
@@ -426,8 +426,8 @@ class _Split(NamedTuple):
     """Those of each group so far."""
     params: list[weakref.ReferenceType[FrozenDict[Tensor]]]
     """The parameters that it belongs to; empty if they are no plain frozen dict."""
-    kinds: list[tuple[Any, Any]]
-    """The shape and dtype of each leaf."""
+    kinds: list[tuple[Any, ...]]
+    """What :data:`_traits` says of each leaf, and of its gradient."""
 
     def entries(self, group: tuple[int, ...]) -> _Entries:
         found = self.known.get(group)
@@ -484,10 +484,9 @@ def _known_split(methods: Sequence[_Method], grads: Any, state: Any, params: Any
     if len(split.there) != len(there):
         return None
     try:
-        kinds = [(x.shape, x.dtype) for x in there]
+        return split if [*map(_traits, there)] == split.kinds else None
     except AttributeError:  # a leaf without a gradient
         return None
-    return split if kinds == split.kinds else None
 
 
 def _rounds_alike(leaf: Tensor) -> bool:
